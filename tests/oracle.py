@@ -117,9 +117,9 @@ def random_keep(graph: Graph, *, fraction: float = 0.4, seed: int = 0) -> Keep:
     for group in exact_groups(graph):
         if group.size < 2:
             continue
-        gone = min(max(1, round(fraction * group.size)), group.size - 1)
+        pruned = min(max(1, round(fraction * group.size)), group.size - 1)
         mask = torch.ones(group.size, dtype=torch.bool)
-        mask[torch.from_numpy(generator.permutation(group.size)[:gone].copy())] = False
+        mask[torch.from_numpy(generator.permutation(group.size)[:pruned].copy())] = False
         keep[group.name] = mask
     return keep
 
@@ -130,11 +130,11 @@ def masked(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], *, mode: 
     parameters = dict(replica.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for group in graph.groups:
-            gone = ~keep[group.name].numpy() if group.name in keep else np.zeros(group.size, bool)
+            pruned = ~keep[group.name].numpy() if group.name in keep else np.zeros(group.size, bool)
             for member in group.members:
                 if member.entity not in parameters or mode == ("makers" if member.role == "in" else "readers"):
                     continue
-                positions = torch.from_numpy(member.index[gone[member.unit]].copy())
+                positions = torch.from_numpy(member.index[pruned[member.unit]].copy())
                 parameters[member.entity].index_fill_(member.axis, positions, 0.0)
     return replica
 

@@ -20,7 +20,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def to_format_1(folder: Path) -> None:
-    """Make of an artefact what format 1 was: no digest of the manifest, and nothing of what `run` adds in it."""
+    """Make of an artifact what format 1 was: no digest of the manifest, and nothing of what `run` adds in it."""
     manifest = json.loads((folder / MARKER).read_text())
     manifest.pop("sha256")
     files = {name: entry for name, entry in manifest["files"].items() if name not in ("run.json", "report.html")}

@@ -89,7 +89,7 @@ def test_formats_of_files_are_documented() -> None:
     table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("| ")]
     formats = {name: form for name, _, form, *_ in (row for row in table if len(row) == 4)}
     assert formats["plan file"] == str(plan_file.VERSION)
-    assert formats["artefact folder"] == formats["sparse artefact folder"] == str(manifest.FORMAT)
+    assert formats["artifact folder"] == formats["sparse artifact folder"] == str(manifest.FORMAT)
     assert formats["`run.json` of a run folder"] == str(record.FORMAT)
     assert formats["`journal.sqlite`"] == str(journal.FORMAT)
     assert formats["nested state, `NAME.safetensors`"] == str(nested.VERSION)

@@ -36,7 +36,7 @@ def test_a_latency_above_one_is_in_milliseconds() -> None:
 
 @pytest.mark.parametrize("value", ["0.5", None, [0.5], 0.5j])
 def test_what_is_no_number_is_refused_in_a_sentence(value: Any) -> None:
-    with pytest.raises(RequestError, match="is no budget\na number is needed\nfor example MACs"):
+    with pytest.raises(RequestError, match="is not a budget\na number is needed\nfor example MACs"):
         pr.MACs(value)
 
 

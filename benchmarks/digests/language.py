@@ -25,9 +25,9 @@ TEXT = torch.randint(0, 61, (60,), generator=torch.Generator().manual_seed(3))
 
 def layer() -> tuple[Tensor, Tensor]:
     """A weight and the Gram matrix of correlated inputs."""
-    dice = torch.Generator().manual_seed(0)
-    weight, mix = torch.randn(12, 32, generator=dice), torch.randn(32, 32, generator=dice)
-    inputs = torch.randn(200, 32, generator=dice) @ mix
+    rng = torch.Generator().manual_seed(0)
+    weight, mix = torch.randn(12, 32, generator=rng), torch.randn(32, 32, generator=rng)
+    inputs = torch.randn(200, 32, generator=rng) @ mix
     return weight, inputs.T @ inputs
 
 
@@ -180,7 +180,7 @@ def sliced() -> dict[str, Any]:
 # -- recovery ----------------------------------------------------------------------------------------------------
 
 
-@cell("healing / adapters")
+@cell("recovery / adapters")
 def adapters() -> dict[str, Any]:
     model = LLAMA.model()
     some = pr.recovery.Adapters(rank=3, scale=0.5, only=("*down_proj", "*q_proj"))
@@ -188,7 +188,7 @@ def adapters() -> dict[str, Any]:
     return {"names": sorted(names), "model": model}
 
 
-@cell("healing / heal_")
+@cell("recovery / distill_lm_")
 def recovered() -> dict[str, Any]:
     model = LLAMA.model()
     small = pr.shrink(model, pr.llm.drop_blocks(model, DATA[0], ["model.layers.2"]))
@@ -212,7 +212,7 @@ class Adapted(nn.Module):
         return out
 
 
-@cell("healing / adapters on masks")
+@cell("recovery / adapters on masks")
 def masked_adapters() -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -233,7 +233,7 @@ IMITATIONS: dict[str, Any] = {
 }
 
 
-@cells("healing / distill", IMITATIONS)
+@cells("recovery / distill", IMITATIONS)
 def imitated(make: Any) -> dict[str, Any]:
     model = LLAMA.model()
     model.set_attn_implementation("eager")  # type: ignore[operator]
@@ -242,7 +242,7 @@ def imitated(make: Any) -> dict[str, Any]:
     return {"small": small, "loss": curve.loss}
 
 
-@cell("healing / biases and means")
+@cell("recovery / biases and means")
 def biased() -> dict[str, Any]:
     model = pr.io.with_biases(LLAMA.model())
     recipe = pr.Recipe(pr.criteria.fluctuation, pr.Channel(), pr.global_)

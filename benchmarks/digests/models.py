@@ -53,12 +53,12 @@ class Net:
 def _built(net: Net) -> nn.Module:
     torch.manual_seed(0)
     model = net.build().eval()
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     vectors = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
         for name, vector in vectors:
             if vector.dim() == 1 and vector.is_floating_point() and not name.endswith("inv_freq"):
-                vector.copy_(0.5 + torch.rand(vector.shape, generator=dice))
+                vector.copy_(0.5 + torch.rand(vector.shape, generator=rng))
     return model
 
 
@@ -216,19 +216,19 @@ def detector() -> nn.Module:
 
 def image(*shape: int) -> Callable[[torch.Generator], Tensor]:
     """Random numbers of a shape."""
-    return lambda dice: torch.randn(shape, generator=dice)
+    return lambda rng: torch.randn(shape, generator=rng)
 
 
-def words(dice: torch.Generator) -> dict[str, Any]:
+def words(rng: torch.Generator) -> dict[str, Any]:
     """Random tokens for a decoder."""
-    return {"input_ids": torch.randint(0, 61, (3, 12), generator=dice), "use_cache": False}
+    return {"input_ids": torch.randint(0, 61, (3, 12), generator=rng), "use_cache": False}
 
 
-def padded(dice: torch.Generator) -> dict[str, Any]:
+def padded(rng: torch.Generator) -> dict[str, Any]:
     """Random tokens for an encoder, some of them padding."""
     mask = torch.ones(3, 12, dtype=torch.int64)
     mask[1, 8:] = 0
-    return {"input_ids": torch.randint(1, 61, (3, 12), generator=dice), "attention_mask": mask}
+    return {"input_ids": torch.randint(1, 61, (3, 12), generator=rng), "attention_mask": mask}
 
 
 TRANSFORMER = ("channel", "head", "width", "depth")
@@ -251,5 +251,5 @@ NETS = (
         num_local_experts=4, num_experts_per_tok=2), words, (*TRANSFORMER, "expert")),
     Net("mixture", lambda: nn.Sequential(Mixture(), nn.Linear(6, 3)), image(32, 6), ("channel", "expert")),
     Net("program", program, image(2, 5, 8), ("channel", "head")),
-    Net("detector", detector, lambda dice: ([torch.rand(3, 96, 96, generator=dice)],), trainable=False, every=3),
+    Net("detector", detector, lambda rng: ([torch.rand(3, 96, 96, generator=rng)],), trainable=False, every=3),
 )  # fmt: skip

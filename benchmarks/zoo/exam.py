@@ -196,7 +196,7 @@ def _export(small: nn.Module, inputs: Any, file: Path) -> str:
 def _store(
     small: nn.Module, plan: pr.Plan, dense: nn.Module, inputs: Any, scratch: Path, factory: str, wide: bool
 ) -> str:
-    """Write the artefact and the outputs; `reload` reads them in a process of its own."""
+    """Write the artifact and the outputs; `reload` reads them in a process of its own."""
     try:
         pr.save(small, scratch / "model", plan=plan, dense=dense, factory=factory)
         outputs = _answers(small, inputs, wide)
@@ -211,7 +211,7 @@ def _answers(small: nn.Module, inputs: Any, wide: bool) -> list[torch.Tensor]:
 
 
 def reload(build: Build, scratch: Path, factory: str, *, wide: bool) -> str:
-    """Load the artefact, here without the weights of the dense model, and compare the outputs (`wide`: in float64)."""
+    """Load the artifact, here without the weights of the dense model, and compare the outputs (`wide`: in float64)."""
     try:
         made = pr.load(scratch / "model", factory=factory)
         stored = load_file(scratch / OUTPUTS)

@@ -1,4 +1,4 @@
-"""A factory for each model of the zoo, as `made:SUITE_NUMBER`, for artefacts that name what made their model."""
+"""A factory for each model of the zoo, as `made:SUITE_NUMBER`, for artifacts that name what made their model."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def _short(text: str) -> str:
 HEAD = """# The zoo
 
 What the coupling engine does on models that people use. Measured by `python benchmarks/zoo/run.py SUITE`, then
-`run.py table`. With `--full` the artefact is stored, loaded in a fresh process and exported as well: those columns are
+`run.py table`. With `--full` the artifact is stored, loaded in a fresh process and exported as well: those columns are
 empty where that was not run. Models of a suite that were not run are not in the table.
 
 Every model has random weights and random norm statistics and runs in a process of its own. 30 % of the units of every

@@ -1,8 +1,8 @@
-"""Prune a neural network, recover it, prove it: smaller, measurably faster, and as accurate as can be had.
+"""Prune a neural network, recover its accuracy, and verify the result.
 
-The names of the first hour stand here; every other method is in the namespace of its subject, `pr.criteria` or
-`pr.recovery` for example. Everything is loaded when it is first used, so that the command line answers before torch is
-imported. The list is `__init__.pyi`, which type checkers and editors read too.
+The names for a start are here; every other method is in the namespace of its subject, such as `pr.criteria` or
+`pr.recovery`. Everything is imported on first use, so that the command line answers before torch is imported. The list
+of names is `__init__.pyi`, which type checkers and editors read too.
 """
 
 import lazy_loader

@@ -32,10 +32,10 @@ _SHORT_WRITE = ("unexpected pos", "database or disk is full")
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: names come from files, and a control character in one would be obeyed.
+    """The text with escapes for characters that a terminal would interpret, since names may come from files.
 
-    Escape, carriage return, marks that turn the direction of writing, half characters and all else that is not shown
-    as itself become `\\x1b`, `\\r`, `\\u202e`. Ends of lines stay.
+    Escape, carriage return, direction marks, half characters and all other unprintable characters become `\\x1b`,
+    `\\r`, `\\u202e`. Line ends are kept.
     """
     if text.isprintable():
         return text
@@ -64,7 +64,7 @@ class PruningError(Exception):
         ...     pr.plan(model, torch.randn(2, 8), target=pr.MACs(0.001))
         ... except pr.PruningError as error:
         ...     print(error.what)
-        macs=0.001 cannot be met: all that may go leaves macs=0.0625 (24 of 384, asked 0.384)
+        macs=0.001 cannot be met: removing all prunable units leaves macs=0.0625 (24 of 384, asked 0.384)
     """
 
     exit_code = 70
@@ -169,9 +169,9 @@ def system_error(error: BaseException, what: str, todo: str, *, kind: type[Pruni
 
 
 class MissingName(AttributeError):
-    """A name that a namespace of prunella does not have; its text names what may be meant.
+    """A name that a namespace of prunella does not have; its text suggests similar names.
 
-    The text is made when it is shown: `hasattr` and imports of submodules ask for names that do not exist as well.
+    The text is made on display: `hasattr` and imports of submodules also ask for names that do not exist.
     """
 
     def __init__(self, namespace: str, name: str) -> None:
@@ -189,7 +189,7 @@ MissingName.__name__ = MissingName.__qualname__ = "AttributeError"
 
 
 def suggesting(namespace: str, lazy: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
-    """The `__getattr__` of a namespace: `lazy` first, then an error that names what may be meant."""
+    """The `__getattr__` of a namespace: `lazy` first, then an error that suggests similar names."""
 
     def get(name: str) -> Any:
         try:
@@ -204,7 +204,7 @@ def suggesting(namespace: str, lazy: Callable[[str], Any] | None = None) -> Call
 
 
 def suggestion(namespace: str, name: str) -> str:
-    """Where a name is, or which name is near it: in the namespace, else in another; empty if there is none."""
+    """The full name of a name in another namespace, or a similar name; empty if there is none."""
     spaces = _namespaces()
     full = {other: space for space, names in spaces.items() for other in names if space != "prunella"}
     full |= dict.fromkeys(spaces["prunella"], "prunella")

@@ -78,6 +78,7 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
     `rho^(-k/n)`, for rho = 100 and n = 5: 0.3981, 0.1585, 0.0631, 0.0251, 0.01.
 
     rho: compression ratio, above 1; the reciprocal of the final density gives SynFlow's own schedule.
+    Errors: RequestError for rho of at most 1.
 
     Use: a very small density in many rounds, as at initialization. Avoid: moderate sparsity, where `cubic` is as good
     and better known.
@@ -98,6 +99,7 @@ def acdc(progress: float, *, cycles: int = 8, warmup: float = 0.1, last: float =
     optimizer state. The start of each sparse phase makes a new plan for the full target.
 
     cycles: pairs of phases, at least 1. warmup, last: parts of the run, each above 0, together below 1.
+    Errors: RequestError for knobs out of range.
 
     Use: training a sparse and a dense network from scratch in one run. Avoid: short runs and fine-tuning, where half of
     the steps train weights that are removed.
@@ -117,6 +119,7 @@ def rounds(count: int, *, of_survivors: float | None = None, of_all: float | Non
 
     `of_survivors=p`: `1 - (1 - p)^k` after round k, the curve of `exponential(k / count, rho=(1 - p)^-count)`: LeNet's
     20 % a round leaves 80, 64, 51.2 % and so on. `of_all=p`: `k p`, the curve of `linear`. Exactly one of both.
+    Errors: RequestError unless the numbers describe rounds.
     """
     if count < 1 or (of_survivors is None) == (of_all is None):
         what = f"count={count}, of_survivors={of_survivors}, of_all={of_all} do not describe rounds"

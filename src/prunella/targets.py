@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PERCENT = 100
 _COMPUTED = 1000
-"""From here on a number with a fraction is taken for a computed one, such as 0.3 times that of another model."""
+"""Fractional numbers from here on are accepted as computed ones, such as 0.3 times that of another model."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        given: object = self.value
-        if not isinstance(given, Real):
+        value: object = self.value
+        if not isinstance(value, Real):
             why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
-            raise RequestError(f"{type(self).__name__}({self.value!r}) is no budget", why, todo)
+            raise RequestError(f"{type(self).__name__}({self.value!r}) is not a budget", why, todo)
         low_ok = self.value >= 0 if isinstance(self, Sparsity | Threshold) else self.value > 0
         high_ok = self.value < 1 if isinstance(self, Sparsity) else True
         if not (low_ok and high_ok):
@@ -67,7 +67,7 @@ class Target:
 
     @property
     def _meant(self) -> str:
-        """What is asked for by a percentage without its sign; empty if it cannot be one."""
+        """A suggestion for a percentage without its sign; empty if the number cannot be one."""
         if not 1 < self.value <= _PERCENT or isinstance(self, Latency):
             return ""
         share = f"{type(self).__name__}({self.value / 100:g})"
@@ -75,7 +75,7 @@ class Target:
 
     @property
     def hint(self) -> str:
-        """What may be meant where a number of anything is too small to be met: `macs=50` for 50 %; empty if nothing."""
+        """A suggestion for a number too small to be met, such as `macs=50` for 50 %; empty if there is none."""
         return "" if isinstance(self, Sparsity) else self._meant
 
     @property
@@ -162,10 +162,9 @@ class Bytes(Target):
 class Latency(Target):
     """Time of one forward pass on this machine: a fraction of the dense time up to 1, or milliseconds above 1.
 
-    The search builds the smaller model and times it beside the dense one. The plan reports the measured time. The
-    search meets the target within `TOLERANCE` where the steps of the machine's speed allow it. Masks do not qualify:
-    dense kernels multiply the zeros. The model is not timed again after recovery: widths decide the time, values do
-    not.
+    The search builds the smaller model and times it against the dense one. The plan reports the measured time. The
+    search meets the target within `TOLERANCE` if the steps of the machine's speed allow it. Masks do not qualify: dense
+    kernels multiply the zeros. The model is not timed again after recovery: the time depends on widths, not on values.
 
     measure: another way to time, for example on another device: a function of (dense model, small model, inputs,
         inputs of the small model) that returns a `prunella.measure.timing.Timing`.
@@ -187,10 +186,10 @@ class Latency(Target):
 
 @dataclass(frozen=True)
 class Threshold(Target):
-    """What stays has a score above this number: weights with `|w| > t` by `magnitude`, units with a score above t.
+    """Keep weights or units with a score above this number: weights with `|w| > t` by `magnitude`, units likewise.
 
-    No allocation and no budget: how much goes follows from the scores. A group keeps its least number of units. Scores
-    are those of the criterion of the recipe; a threshold below all of them is refused with their range.
+    The scores alone determine the sparsity, without an allocation or a budget. A group keeps its minimum of units.
+    Scores are those of the recipe's criterion; a threshold below all of them is refused with their range.
 
     Example:
 
@@ -202,9 +201,9 @@ class Threshold(Target):
     """
 
     def absolute(self, dense: float) -> float:
-        """Errors: RequestError: a threshold says nothing of an amount."""
-        why, todo = "how much it leaves follows from the scores", "for example MACs(0.5) or Sparsity(0.9)"
-        raise RequestError("a threshold is no budget", why, todo)
+        """Errors: RequestError, since a threshold does not determine an amount."""
+        why, todo = "the scores determine the sparsity", "for example MACs(0.5) or Sparsity(0.9)"
+        raise RequestError("a threshold is not a budget", why, todo)
 
 
 TOLERANCE = 0.05
@@ -238,7 +237,7 @@ _OTHER_WORDS = {
 
 
 def _meant_by(text: str) -> tuple[str, str] | None:
-    """Why a target in the words of other tools is none, and what to write; None where nothing is known of it."""
+    """Why a target in the words of other tools is not valid, and what to write; None for unknown words."""
     asked, _, amount = (part.strip() for part in text.partition("="))
     asked = asked.lower()
     if asked in ("flop", "flops", "gflops", "mflops"):
@@ -265,9 +264,9 @@ def _halved(amount: str) -> str:
 
 
 def parse_target(text: str) -> Target:
-    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `sparsity=0.5,of=model`, `latency=12ms`.
+    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=0.5,of=model`, `latency=12ms` or `threshold=0.01`.
 
-    And `threshold=0.01`.
+    Percentages such as `sparsity=90%` are fractions.
     """
     amount, of_model = re.subn(r"\s*,\s*of\s*=\s*model\s*$", "", text)
     match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", amount)
@@ -277,8 +276,8 @@ def parse_target(text: str) -> Target:
     if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
         if meant := _meant_by(text):
             raise RequestError(f"cannot read the target {text!r}", *meant)
-        asked = text.partition("=")[0].strip()
-        near = "" if asked in _KINDS else near_names(asked, _KINDS)
+        unit = text.partition("=")[0].strip()
+        near = "" if unit in _KINDS else near_names(unit, _KINDS)
         raise RequestError(
             f"cannot read the target {text!r}",
             f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}{f'; {near}' if near else ''}",
@@ -287,7 +286,7 @@ def parse_target(text: str) -> Target:
     try:
         number = float(match[2])
     except ValueError:
-        why = f"{match[2]!r} is no number"
+        why = f"{match[2]!r} is not a number"
         raise RequestError(f"cannot read the target {text!r}", why, "for example --target macs=0.5") from None
     if suffix in _TIMES and number * _TIMES[suffix] <= 1:
         why = "a latency up to 1 is read as a fraction of the dense one, a latency above 1 as milliseconds"

@@ -21,8 +21,8 @@ Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 class Examples:
     """Several example batches of one model, for example images of two sizes, where one batch is usually taken.
 
-    The model is traced on each, into one graph: what one of them couples or freezes holds for all. Each is verified.
-    Multiply-adds and times are those of the first.
+    The model is traced on each batch, into one graph: couplings and frozen axes of any batch hold for all. Cuts are
+    verified on each batch. Multiply-adds and times are those of the first.
 
     Example:
 

@@ -164,7 +164,7 @@ def test_ladder_widths_are_aligned_and_never_below_min_density(size: int, min_de
 def test_alignment_at_high_ratios_leaves_one_multiple_and_does_not_prune_nothing() -> None:
     made = ladder(pr.uniform([pool([float(i) for i in range(20)])])[0], 0.0, 8)
     assert [20 - made.removed(step) for step in range(len(made.keys) + 1)] == [20, 16, 8]
-    assert solve([made], lambda gone: gone[0] >= 12) == (12,)
+    assert solve([made], lambda pruned: pruned[0] >= 12) == (12,)
     assert removed([made], (1,)) == (4,)
 
 

@@ -207,7 +207,7 @@ def test_a_latency_is_met_with_other_targets() -> None:
 
 def test_targets_out_of_reach_say_what_binds() -> None:
     model, x = Wide().eval(), _images()[0][:2]
-    with pytest.raises(TargetMissed, match=r"params=0\.001 cannot be met: all that may go leaves params="):
+    with pytest.raises(TargetMissed, match=r"params=0\.001 cannot be met: removing all prunable units leaves params="):
         pr.prune(model, x, target=[pr.MACs(0.9), pr.Params(0.001)])
     with pytest.raises(TargetMissed, match="would remove nothing"):
         pr.prune(model, x, target=pr.MACs(1.0))
@@ -323,7 +323,7 @@ def test_numbers_of_the_model_that_are_not_finite_are_told() -> None:
         with pytest.raises(BadInput, match=f"the outputs for batch {number} of data= are not finite"):
             pr.prune(nn.Sequential(Root(), _mlp()).eval(), batches[0], target=pr.MACs(0.5), data=batches)
     batches = [batch.double() * 1e160 for batch in _rows()]  # their squares are infinite
-    with pytest.raises(BadInput, match=r"what 2\.weight reads is not finite"):
+    with pytest.raises(BadInput, match=r"the inputs of 2\.weight are not finite"):
         pr.prune(_mlp().double(), batches[0] / 1e160, target=pr.MACs(0.5), data=batches)
 
 
@@ -344,7 +344,7 @@ class Root(nn.Module):
     ("data", "said"),
     [
         (torch.randn(64, 8), "data= is one Tensor"), ({"x": torch.randn(64, 8)}, "data= is one dict"),
-        (5, "data= is no batches but of type int"), (list(torch.randn(9, 8)), "data= holds samples"),
+        (5, "data= is not an iterable of batches but of type int"), (list(torch.randn(9, 8)), "data= holds samples"),
         (TensorDataset(torch.randn(9, 8), torch.zeros(9)), "data= holds samples"),
     ],
 )  # fmt: skip

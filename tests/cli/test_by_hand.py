@@ -55,9 +55,9 @@ def test_run_removes_what_is_named(prunella: Run, shop: str, tmp_path: Path) -> 
     ("options", "says"),
     [
         (["--remove", "0"], "the name of a layer and = come first"),
-        (["--remove", "0=a"], "'a' is no value for it"),
+        (["--remove", "0=a"], "'a' is not a value for it"),
         (["--ratio", "0=half"], "for example --ratio layer1.0.conv1=0.3"),
-        (["--count", "0=1.5"], "'1.5' is no value for it"),
+        (["--count", "0=1.5"], "'1.5' is not a value for it"),
         (["--remove", "0=1", "--remove", "0=2"], "--remove names 0 twice"),
         (["--threshold", "0.1", "--target", "macs=0.5"], "both --target and --threshold"),
         (["--remove", "conv=1"], "there is no layer 'conv' to prune"),

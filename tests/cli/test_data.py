@@ -10,7 +10,7 @@ from tests.cli.conftest import Run
 
 DATA = """
 
-def spoilt():
+def corrupted():
     return [(images * float("nan"), labels) for images, labels in loader()]
 """
 USES = {
@@ -26,7 +26,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("data", ["empty", "spoilt"])
+@pytest.mark.parametrize("data", ["empty", "corrupted"])
 def test_data_that_is_empty_or_no_number_is_bad_input_everywhere(prunella: Run, shop: str, use: str, data: str) -> None:
     file = Path(f"{shop}.py")
     file.write_text(file.read_text() + DATA)

@@ -89,7 +89,7 @@ def test_texts_are_mixed_by_their_shares(prunella: Run, story: Any) -> None:
     ("words", "said"),
     [
         (("text.txt:0.5", "auto"), "some texts have a share"),
-        (("text.txt:0.5", "text.txt:1"), "a text is there twice"),
+        (("text.txt:0.5", "text.txt:1"), "a text is given twice"),
         (("text.txt:0", "auto:1"), "share 0 of text.txt is out of range"),
         (("text.txt:nan", "auto:1"), "out of range"),
         (("text.txt", "module:function"), "no text file module:function"),

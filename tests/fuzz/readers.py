@@ -71,7 +71,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-# -- plans and artefacts -----------------------------------------------------------------------------------------------
+# -- plans and artifacts -----------------------------------------------------------------------------------------------
 
 
 def _build_plan(folder: Path) -> None:
@@ -105,7 +105,7 @@ def _resign_plan(folder: Path) -> None:
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
 
 
-def _build_artefact(folder: Path) -> None:
+def _build_artifact(folder: Path) -> None:
     plan = make_plan()
     shutil.rmtree(folder)
     pr.save(pr.shrink(net(), plan), folder, plan=plan, factory=net)
@@ -303,8 +303,8 @@ def _nothing(result: object) -> None:
 
 READERS: tuple[Reader, ...] = (
     Reader("plan", _build_plan, _read_plan, covered=True, resign=_resign_plan),
-    Reader("artefact", _build_artefact, lambda f: _state(load(f, factory=net)), covered=True, resign=_resign_files),
-    Reader("sparse artefact", _build_sparse, _read_sparse, resign=_resign_files, slow=True),
+    Reader("artifact", _build_artifact, lambda f: _state(load(f, factory=net)), covered=True, resign=_resign_files),
+    Reader("sparse artifact", _build_sparse, _read_sparse, resign=_resign_files, slow=True),
     Reader("record", _build_record, _read_record, slow=True),
     Reader("tensors", lambda f: write_shard(f / "x.safetensors", TENSORS), _read_like_the_library),
     Reader("shards", _build_shards, lambda f: _nothing([t.read() for t in read_folder(f).values()])),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SECONDS = float(os.environ.get("PRUNELLA_FUZZ_SECONDS", "4"))
-QUICK = ("plan", "artefact", "tensors", "shards", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint",
+QUICK = ("plan", "artifact", "tensors", "shards", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint",
          "compressed tensors", "recipe", "source of an import")  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_nm_keeps_n_of_every_m_the_first_of_equal_ones() -> None:
 
 @pytest.mark.parametrize("bad", [(0, 4), (4, 4), (5, 4), (-1, 2)])
 def test_nm_that_is_no_pattern_is_refused(bad: tuple[int, int]) -> None:
-    with pytest.raises(RequestError, match="no pattern"):
+    with pytest.raises(RequestError, match="not a pattern"):
         NM(*bad)
 
 

@@ -217,7 +217,7 @@ def test_broken_and_newer_manifests(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="broken or cut short"):
         load(folder, factory=Net)
     (folder / "manifest.json").unlink()
-    with pytest.raises(BadInput, match="not a finished artefact"):
+    with pytest.raises(BadInput, match="not a finished artifact"):
         load(folder, factory=Net)
     with pytest.raises(BadInput, match="there is no such folder"):
         load(tmp_path / "absent")
@@ -431,7 +431,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_only_an_artefact_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool) -> None:
+def test_only_an_artifact_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool) -> None:
     if not swap:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     final = tmp_path / "out"

@@ -113,8 +113,8 @@ def pruned(model: nn.Module, *, even: bool, describable: bool) -> tuple[prunella
 
 def assert_cut(plan: prunella.Plan) -> None:
     """Heads and neurons went, of more than one group each."""
-    gone = {(row.kind, row.name) for row in plan.rows if row.kept < row.total}
-    assert {kind for kind, _ in gone} == {"head", "channel"} and len(gone) >= 3
+    removed = {(row.kind, row.name) for row in plan.rows if row.kept < row.total}
+    assert {kind for kind, _ in removed} == {"head", "channel"} and len(removed) >= 3
 
 
 @pytest.mark.parametrize("even", [True, False], ids=["uniform", "global"])

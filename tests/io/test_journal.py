@@ -67,7 +67,7 @@ def test_a_number_is_made_once_and_without_a_folder_nothing_is_identified() -> N
     with open_records(None, never) as known:
         assert [known.number("a", lambda: 1 / 3), known.number("a", lambda: 0.0)] == [1 / 3, 1 / 3] and known.added == 1
         known.add("text", {"value": "x"})
-        with pytest.raises(BadInput, match="is no number"):
+        with pytest.raises(BadInput, match="is not a number"):
             known.number("text", lambda: 0.0)
 
 
@@ -135,7 +135,7 @@ def test_files_of_others_and_of_a_newer_version_are_told_apart(tmp_path: Path) -
     (tmp_path / "foreign").mkdir()
     with closing(sqlite3.connect(tmp_path / "foreign" / NAME)) as database:
         database.execute("CREATE TABLE records (a)")
-    with pytest.raises(BadInput, match="is no journal of prunella"):
+    with pytest.raises(BadInput, match="is not a journal of prunella"):
         values(tmp_path / "foreign")
     for form, said in ((FORMAT + 1, f"newer prunella\nits format is {FORMAT + 1}, and this"), (0, "there never was")):
         written(tmp_path / f"form-{form}")

@@ -92,8 +92,8 @@ def test_a_folder_is_no_plan(places: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a plan", "weights", "hub", "run"])
-def test_a_file_or_another_folder_is_no_artefact(places: Path, name: str) -> None:
-    with pytest.raises(BadInput, match="is not a finished artefact") as caught:
+def test_a_file_or_another_folder_is_no_artifact(places: Path, name: str) -> None:
+    with pytest.raises(BadInput, match="is not a finished artifact") as caught:
         read_manifest(places / name)
     assert KINDS[name] in caught.value.why
 

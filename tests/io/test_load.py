@@ -129,8 +129,8 @@ def test_hugging_face_folder_with_a_tensor_missing(tmp_path: Path) -> None:
 
     file = tiny_bert(tmp_path) / "model.safetensors"
     state = load_file(file)
-    gone = next(name for name in state if "intermediate" in name)
-    del state[gone]
+    pruned = next(name for name in state if "intermediate" in name)
+    del state[pruned]
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(BadInput, match=r"1 tensors are missing"):
         load_model(str(tmp_path))

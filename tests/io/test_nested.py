@@ -109,8 +109,8 @@ def test_what_0_1_wrote_is_read(tmp_path: Path) -> None:
     [
         (["list"], 4, "version is 4, not a whole number from 1 to 3"),
         (["list"], "1", "version is '1'"),
-        (["set", 1], 1, "'set' is no kind of value"),
-        ({"pickle": "x"}, 2, "'pickle' is no kind of value"),
+        (["set", 1], 1, "'set' is not a kind of value"),
+        ({"pickle": "x"}, 2, "'pickle' is not a kind of value"),
         ({"tensor": "t9"}, 2, "KeyError"),
         ({"tensor": ["t9"]}, 2, "TypeError"),
         ({"list": 3}, 2, "TypeError"),
@@ -126,11 +126,11 @@ def test_a_state_that_is_broken(tmp_path: Path, state: Any, version: Any, why: s
     file = old_file(tmp_path / "x", state, version=version, t0=torch.ones(1))
     with pytest.raises(BadInput, match=why) as caught:
         load_state(file)
-    assert caught.value.what == f"{file} is no sound state"
+    assert caught.value.what == f"{file} is not a sound state"
 
 
 def test_files_that_are_no_state(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no sound state"):
+    with pytest.raises(BadInput, match="not a sound state"):
         load_state(tmp_path / "absent")
     save_file({"x": torch.ones(2)}, tmp_path / "weights")
     with pytest.raises(BadInput, match=r"without 'prunella\.state'"):
@@ -139,7 +139,7 @@ def test_files_that_are_no_state(tmp_path: Path) -> None:
     data = file.read_bytes()
     for cut in (0, 4, 40, len(data) - 1):
         file.write_bytes(data[:cut])
-        with pytest.raises(BadInput, match="no sound state"):
+        with pytest.raises(BadInput, match="not a sound state"):
             load_state(file)
     save_file({}, tmp_path / "twice", metadata={"prunella.state": '{"version": 2, "version": 2, "state": {}}'})
     with pytest.raises(BadInput, match="is there twice"):

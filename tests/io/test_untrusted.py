@@ -35,7 +35,7 @@ def net() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact of a cut model."""
+    """An artifact of a cut model."""
     plan = pr.plan(net(), torch.ones(2, 8), pr.Recipe(pr.magnitude, pr.Channel()), target=pr.MACs(0.5))
     return save(pr.shrink(net(), plan), tmp_path_factory.mktemp("sound") / "a", plan=plan, factory=net).path
 
@@ -106,7 +106,7 @@ LIES: dict[str, tuple[object, int]] = {
     "a shape of 10^30 times 0": ({"w": _entry([10**30, 0], 0, 0)}, 0),
     "axes that multiply to more than an index": ({"w": _entry([1 << 40, 1 << 40, 0], 0, 0)}, 0),
     "a thousand axes": ({"w": _entry([1] * 1000, 0, 4)}, 4),
-    "metadata that is no text": ({**GOOD, "__metadata__": {"format": 1}}, 24),
+    "metadata that is not text": ({**GOOD, "__metadata__": {"format": 1}}, 24),
     "a list": ([], 0),
 }
 
@@ -188,7 +188,7 @@ def test_links_are_followed_inside_a_folder_and_in_the_cache_of_hugging_face_onl
         read_folder(snapshot)
 
 
-def test_an_artefact_with_a_link_out_of_it(sound: Path, tmp_path: Path) -> None:
+def test_an_artifact_with_a_link_out_of_it(sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a"
     folder.mkdir()
     for file in sound.iterdir():

@@ -96,7 +96,7 @@ def test_a_model_in_memory_writes_its_own_data(folder: Path, monkeypatch: pytest
 
 def test_what_is_no_data_is_refused(folder: Path) -> None:
     model = write(folder / "in")
-    with pytest.raises(RequestError, match=r"data='text\.txt' is no data"):
+    with pytest.raises(RequestError, match=r"data='text\.txt' is not data"):
         pr.llm.solve_(model, INPUTS, HOW, data="text.txt")
     model.config._name_or_path = ""  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="cannot become tokens"):

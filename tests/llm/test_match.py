@@ -134,8 +134,8 @@ def test_masked_layers_are_only_refined_and_their_zeros_stay() -> None:
     )
     pr.apply_(small, zeros)
     report = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(refine=pr.llm.Refine(2, 1e-3)))
-    gone = {name: ~mask for name, mask in zeros.masks.items()}
-    assert all(not bool(small.get_parameter(name)[mask].any()) for name, mask in gone.items())
+    pruned = {name: ~mask for name, mask in zeros.masks.items()}
+    assert all(not bool(small.get_parameter(name)[mask].any()) for name, mask in pruned.items())
     assert all(fit.after < fit.before for fit in report.fits)
     kept = pr.shrink(model, plan)
     pr.apply_(kept, zeros)

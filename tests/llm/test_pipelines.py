@@ -72,7 +72,7 @@ def test_models_without_a_word_for_it_are_refused() -> None:
         pr.io.with_biases(language_model("qwen2"), ["*down_proj"])
     with pytest.raises(RequestError, match="matches no linear layer"):
         pr.io.with_biases(language_model(), ["*nothing*"])
-    with pytest.raises(NotSupported, match="no model of transformers"):
+    with pytest.raises(NotSupported, match="not a model of transformers"):
         pr.io.with_biases(nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -284,7 +284,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     more = find(net(), rounds=2, folder=tmp_path / "a")  # further rounds go on from the first
     assert more.rounds[:2] == done.rounds
     (tmp_path / "a" / "round-01.safetensors").write_bytes(b"broken")
-    with pytest.raises(pr.PruningError, match="no sound state"):
+    with pytest.raises(pr.PruningError, match="not a sound state"):
         find(net(), rounds=1, folder=tmp_path / "a")
     (tmp_path / "a" / "journal.sqlite").write_text("{")
     with pytest.raises(pr.PruningError, match="damaged"):
@@ -336,7 +336,7 @@ def test_structured_tickets_have_the_other_control() -> None:
 def test_a_state_that_is_not_data_is_refused_and_digests_tell_states_apart(tmp_path: Path) -> None:
     with pytest.raises(pr.PruningError, match=r"state.a\[0\] cannot be written: it holds a function"):
         save_state({"a": [print_nothing]}, tmp_path / "x")
-    with pytest.raises(pr.PruningError, match="no sound state"):
+    with pytest.raises(pr.PruningError, match="not a sound state"):
         load_state(tmp_path / "x")
     assert digest_of(snapshot(net())) == digest_of(snapshot(net())) != digest_of(snapshot(net(1)))
     assert not equal({"a": torch.zeros(1)}, {"a": torch.ones(1)})

@@ -108,8 +108,8 @@ def test_grasp_removes_what_the_paper_removes_and_leaves_no_trace() -> None:
     paper = torch.cat([(-p.detach() * products[n]).flatten() for n, p in model.named_parameters() if n in products])
     recipe = named("grasp_global")
     plan = pr.plan(model, data[0][0], recipe, target=pr.Sparsity(0.5), data=data, loss=loss)
-    gone = torch.cat([~plan.masks[n].flatten() for n in products])
-    assert float(paper[gone].min()) >= float(paper[~gone].max())
+    pruned = torch.cat([~plan.masks[n].flatten() for n in products])
+    assert float(paper[pruned].min()) >= float(paper[~pruned].max())
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model._forward_hooks
 

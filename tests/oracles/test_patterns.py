@@ -97,7 +97,7 @@ def test_a_kernel_pattern_refuses_other_kernels_and_scores_with_a_sign() -> None
         pr.plan(model, IMAGE, pr.Recipe(granularity=pr.granularity.KernelPattern()))
     with pytest.raises(RequestError, match="non-negative"):
         pr.granularity.KernelPattern().masks([-torch.ones(2, 9)])
-    with pytest.raises(RequestError, match="no pattern"):
+    with pytest.raises(RequestError, match="not a pattern"):
         pr.granularity.KernelPattern(9)
 
 

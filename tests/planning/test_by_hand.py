@@ -131,7 +131,7 @@ def test_masks_of_weights() -> None:
     assert {name: int(mask.sum()) for name, mask in plan.masks.items()} == {
         "up.weight": int(negative.sum()), "down.weight": 72, "fc.weight": 30
     }  # fmt: skip
-    with pytest.raises(RequestError, match="does not go with masks that are chosen by hand"):
+    with pytest.raises(RequestError, match="does not go with masks chosen by hand"):
         pr.plan(model, X, recipe, ratios={"up": 0.5}, target=pr.MACs(0.5))
     with pytest.raises(RequestError, match=r"bool tensor of shape \(12, 8, 1, 1\)"):
         pr.plan(model, X, recipe, remove={"up": [1]})
@@ -169,7 +169,7 @@ def test_a_threshold_is_read_and_written() -> None:
     for text in ("threshold=-1", "threshold=1%", "threshold=x"):
         with pytest.raises(RequestError):
             parse_target(text)
-    with pytest.raises(RequestError, match="a threshold is no budget"):
+    with pytest.raises(RequestError, match="a threshold is not a budget"):
         pr.prune(Net().eval(), X, target=Threshold(0.1))
     with pytest.raises(RequestError, match="equal_widths does not go with a threshold"):
         pr.plan(Net().eval(), X, pr.Recipe(equal_widths=True), target=Threshold(0.1))
@@ -204,11 +204,11 @@ def weights(*shape: int) -> Tensor:
         ({"remove": {"up": weights(11)}}, RequestError, "the mask has 11 entries, up has 12"),
         ({"remove": {"up": range(12)}}, RequestError, "0 of 12 units are left, and 1 are needed"),
         ({"keep": {"up": []}}, RequestError, "too much of up is removed"),
-        ({"remove": {"fc": [0]}}, NotSupported, "fc takes no part\nit is an output of the model"),
+        ({"remove": {"fc": [0]}}, NotSupported, "fc cannot be pruned\nit is an output of the model"),
         ({"remove": ["up"]}, RequestError, "a mapping from the name of a layer is needed"),
         ({"remove": {"up": [1]}, "keep": {"up": [2]}}, RequestError, "up is named twice"),
-        ({"ratios": {"up": 1.0}}, RequestError, r"a ratio is the fraction that goes, in \[0, 1\)"),
-        ({"counts": {"up": 2.5}}, RequestError, "a count is how many go"),
+        ({"ratios": {"up": 1.0}}, RequestError, r"a ratio is the fraction to remove, in \[0, 1\)"),
+        ({"counts": {"up": 2.5}}, RequestError, "a count is the number of units to remove"),
         ({"counts": {"up": 12}}, RequestError, "up cannot lose 12 units"),
         ({"remove": {"up": [1]}, "skip": ["up"]}, NotSupported, "skip='up'"),
     ],

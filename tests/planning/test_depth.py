@@ -82,7 +82,7 @@ def test_a_look_without_blocks_shares_the_weights() -> None:
 
 def test_what_cannot_be_dropped_is_said() -> None:
     model, data = language_model(), windows(1)
-    with pytest.raises(RequestError, match=r"layers\.9 is no prunable block"):
+    with pytest.raises(RequestError, match=r"layers\.9 is not a prunable block"):
         pr.llm.drop_blocks(model, data[0], ["model.layers.9"])
     with pytest.raises(RequestError, match="no block is named"):
         pr.llm.drop_blocks(model, data[0], [])

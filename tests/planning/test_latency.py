@@ -88,7 +88,9 @@ def test_the_number_that_counts_is_the_second_one() -> None:
 
 
 def test_no_speed_up_is_said_with_the_numbers() -> None:
-    with pytest.raises(pr.PruningError, match=r"all that may go is gone, 1.02 .* no speed-up to be had") as caught:
+    with pytest.raises(
+        pr.PruningError, match=r"without all prunable units, 1.02 .* pruning gives no speed-up"
+    ) as caught:
         search_latency(rungs(*SIZES), Clock(lambda counts: 1.02), STRAIGHT, Latency(0.6))
     assert "asked 0.6; measured 1.02 [1.01, 1.03]" in str(caught.value)
     with pytest.raises(pr.PruningError, match=r"0.703 of the dense time remains\n") as caught:
@@ -109,7 +111,7 @@ def test_the_order_is_that_of_every_other_target(keys: list[list[float]], data: 
     owner, _ = in_order(ladders)
     steps = data.draw(st.integers(0, len(owner)))
     taken = tuple(torch.bincount(owner[:steps], minlength=len(ladders)).tolist())
-    assert taken == solve(ladders, lambda gone: sum(gone) >= steps)
+    assert taken == solve(ladders, lambda pruned: sum(pruned) >= steps)
 
 
 # -- in a plan --------------------

@@ -180,8 +180,8 @@ def test_masks_have_the_shape_of_their_parameter_and_follow_its_axes() -> None:
     model = convnet()
     plan = pr.plan(model, X, pr.Recipe(granularity=pr.Element(), allocation=pr.global_), target=pr.Sparsity(0.5))
     weights = torch.cat([model.get_parameter(name).detach().abs()[kept] for name, kept in plan.masks.items()])
-    gone = torch.cat([model.get_parameter(name).detach().abs()[~kept] for name, kept in plan.masks.items()])
-    assert weights.min() >= gone.max()
+    pruned = torch.cat([model.get_parameter(name).detach().abs()[~kept] for name, kept in plan.masks.items()])
+    assert weights.min() >= pruned.max()
     assert all(kept.shape == model.get_parameter(name).shape for name, kept in plan.masks.items())
 
 
@@ -321,7 +321,7 @@ def test_broken_weights_are_named(name: str, value: float) -> None:
 
 
 def test_broken_buffers_are_named() -> None:
-    with pytest.raises(BadInput, match=r"buffer 1\.running_var has NaN"):
+    with pytest.raises(BadInput, match=r"buffer 1\.running_var holds NaN"):
         pr.plan(poison("1.running_var", float("nan"))(), X, target=pr.MACs(0.5))
 
 
@@ -504,5 +504,5 @@ def test_quantized_layers_are_left_alone_with_a_remark() -> None:
     assert plan.masks.keys() == {"0.weight", "4.weight"}
     kind = type(model[2].weight.data).__name__
     assert [remark for remark in plan.remarks if "2.weight" in remark] == [
-        f"left alone, as only their own library reads them: 2.weight ({kind})"
+        f"not pruned, since only their own library reads them: 2.weight ({kind})"
     ]

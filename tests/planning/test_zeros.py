@@ -220,7 +220,7 @@ def test_constant_units_that_stay_are_named() -> None:
         model[0].bias[:3] = torch.tensor([0.5, -0.5, 1.0])
     plan = pr.train.plan_zeros(model, torch.randn(2, 6))
     assert plan.keep["0"].tolist() == [True, False, *[True] * 6], "a constant that is read as 0 goes"
-    assert any("2 units of 0 have zero weights and stay" in remark for remark in plan.remarks)
+    assert any("2 units of 0 have zero weights and are kept" in remark for remark in plan.remarks)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -44,7 +44,7 @@ def test_tied_heads_get_none_and_a_pattern_without_a_layer_is_an_error() -> None
 
 
 @pytest.mark.parametrize("adapters", [pr.recovery.Adapters(rank=4), None], ids=["adapters", "all weights"])
-def test_healing_brings_the_model_nearer_to_the_dense_one(adapters: pr.recovery.Adapters | None) -> None:
+def test_recovery_brings_the_model_nearer_to_the_dense_one(adapters: pr.recovery.Adapters | None) -> None:
     model, data = language_model(), windows(4)
     small = pr.shrink(model, pr.llm.drop_run(model, data[0], data, count=2))
     keys, dense = list(small.state_dict()), {n: v.clone() for n, v in model.state_dict().items()}

@@ -46,9 +46,9 @@ def test_a_varying_unit_leaves_its_mean() -> None:
     small = pr.shrink(model, plan)
     before = small[2].bias.detach().clone()
     fold_means(small, model, [x], plan)
-    gone = ~plan.keep["0"]
+    pruned = ~plan.keep["0"]
     mean = model[:2](x).mean(0).detach()
-    assert torch.allclose(small[2].bias - before, model[2].weight[:, gone] @ mean[gone], rtol=1e-10)
+    assert torch.allclose(small[2].bias - before, model[2].weight[:, pruned] @ mean[pruned], rtol=1e-10)
     assert torch.allclose(small[:3](x).mean(0), model[:3](x).mean(0), rtol=1e-9)
 
 

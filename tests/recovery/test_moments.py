@@ -98,7 +98,7 @@ def test_a_constant_channel_gets_the_mean() -> None:
 
 def test_what_cannot_be_corrected_is_told() -> None:
     net = _net()
-    with pytest.raises(RequestError, match="no module with a weight and a bias"):
+    with pytest.raises(RequestError, match="not a module with a weight and a bias"):
         correct_statistics(_masked(net), net, DATA, names=["2"])
     with pytest.raises(CheckFailed, match="not finite"):
         correct_statistics(_masked(net), net, [DATA[0] * float("nan")])

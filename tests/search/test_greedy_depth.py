@@ -20,7 +20,7 @@ def test_each_block_is_the_one_that_costs_least_and_the_plan_drops_them() -> Non
     quality = pr.search.agreement(model, data, logits=True)
     seen: dict[frozenset[str], float] = {}
     found = pr.search.greedy_blocks(
-        model, data[0], quality, count=2, on_try=lambda gone, v: seen.update({frozenset(gone): v})
+        model, data[0], quality, count=2, on_try=lambda pruned, v: seen.update({frozenset(pruned): v})
     )
     paths = [f"model.layers.{k}" for k in range(5)]
     direct = {p: quality(pr.shrink(model, pr.llm.drop_blocks(model, data[0], [p])).eval()) for p in paths}

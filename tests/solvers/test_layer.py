@@ -80,12 +80,12 @@ def test_sparsegpt_on_uncorrelated_inputs_is_magnitude_in_each_block_and_moves_n
 def test_sparsegpt_with_one_block_and_one_weight_to_go_is_obs() -> None:
     weight, gram = layer(out=1, width=6)
     found = sparsegpt(weight, gram, sparsity=1 / 6, damping=0.0)
-    gone = int((~found.mask[0]).nonzero())
-    inverse = torch.linalg.inv(gram[gone:, gone:])  # columns before it are fixed already
+    pruned = int((~found.mask[0]).nonzero())
+    inverse = torch.linalg.inv(gram[pruned:, pruned:])  # columns before it are fixed already
     costs = [float(weight[0, q] ** 2 / torch.linalg.inv(gram[q:, q:])[0, 0]) for q in range(6)]
-    assert gone == min(range(6), key=costs.__getitem__)
+    assert pruned == min(range(6), key=costs.__getitem__)
     wanted = weight[0].clone()
-    wanted[gone:] -= weight[0, gone] / inverse[0, 0] * inverse[:, 0]
+    wanted[pruned:] -= weight[0, pruned] / inverse[0, 0] * inverse[:, 0]
     assert torch.allclose(found.weight[0], wanted * found.mask[0], rtol=1e-8)
     assert relative_error(weight, found.weight, gram) == pytest.approx(
         min(costs) / float((weight @ gram * weight).sum()), rel=1e-6

@@ -28,7 +28,7 @@ def cost(hessian: Tensor, change: Tensor) -> float:
     return float(change @ hessian @ change) / 2
 
 
-def gone(*places: int) -> Tensor:
+def pruned(*places: int) -> Tensor:
     mask = torch.zeros(N, dtype=torch.bool)
     mask[list(places)] = True
     return mask
@@ -37,7 +37,7 @@ def gone(*places: int) -> Tensor:
 @pytest.mark.parametrize("q", range(N))
 def test_the_predicted_loss_of_one_weight_is_the_actual_one(q: int) -> None:
     w, hessian, inverse = quadratic()
-    found = cut(w, inverse, gone(q))
+    found = cut(w, inverse, pruned(q))
     assert found.weight[q] == 0
     assert cost(hessian, found.weight - w) == pytest.approx(float(saliency(w, inverse)[q]), rel=1e-12)
     assert float(found.loss) == pytest.approx(float(saliency(w, inverse)[q]), rel=1e-12)
@@ -46,11 +46,11 @@ def test_the_predicted_loss_of_one_weight_is_the_actual_one(q: int) -> None:
 @pytest.mark.parametrize("places", [(0, 1), (2, 5, 7), tuple(range(N))])
 def test_a_set_jointly_is_the_minimum_over_what_stays_and_one_by_one_is_the_same(places: tuple[int, ...]) -> None:
     w, hessian, inverse = quadratic()
-    mask = gone(*places)
+    mask = pruned(*places)
     found, single = cut(w, inverse, mask), cut_one_by_one(w, inverse, mask)
-    stays = ~mask
+    remaining = ~mask
     best = -w.clone()
-    best[stays] = torch.linalg.solve(hessian[stays][:, stays], hessian[stays][:, mask] @ w[mask])
+    best[remaining] = torch.linalg.solve(hessian[remaining][:, remaining], hessian[remaining][:, mask] @ w[mask])
     assert torch.allclose(found.weight, w + best, rtol=1e-10, atol=1e-10)
     at = torch.tensor(places)
     closed = w[at] @ torch.linalg.solve(inverse[at][:, at], w[at]) / 2
@@ -62,9 +62,9 @@ def test_a_set_jointly_is_the_minimum_over_what_stays_and_one_by_one_is_the_same
 
 def test_the_cheapest_pair_is_found_by_nobody_else() -> None:
     w, hessian, inverse = quadratic(3)
-    pairs = {pair: float(cut(w, inverse, gone(*pair)).loss) for pair in itertools.combinations(range(N), 2)}
+    pairs = {pair: float(cut(w, inverse, pruned(*pair)).loss) for pair in itertools.combinations(range(N), 2)}
     for pair, loss in pairs.items():
-        mask = gone(*pair)
+        mask = pruned(*pair)
         assert loss <= cost(hessian, torch.where(mask, -w, 0.0)) + 1e-12
 
 
@@ -73,13 +73,13 @@ def test_on_a_diagonal_hessian_obs_is_obd_and_nothing_moves() -> None:
     diagonal = hessian.diagonal().abs()
     inverse = torch.diag(1 / diagonal)
     assert torch.allclose(saliency(w, inverse), pr.criteria.obd(w, diagonal), rtol=1e-14)
-    found = cut(w, inverse, gone(1, 4))
-    assert torch.equal(found.weight, torch.where(gone(1, 4), 0.0, w))
+    found = cut(w, inverse, pruned(1, 4))
+    assert torch.equal(found.weight, torch.where(pruned(1, 4), 0.0, w))
 
 
 def test_many_quadratics_with_sets_of_other_sizes_at_once() -> None:
     ws, hs, inverses = (torch.stack(parts) for parts in zip(*map(quadratic, range(3)), strict=True))
-    masks = torch.stack([gone(0), gone(1, 2, 3), gone()])
+    masks = torch.stack([pruned(0), pruned(1, 2, 3), pruned()])
     found = cut(ws, inverses, masks)
     for k in range(3):
         alone = cut(ws[k], inverses[k], masks[k])
@@ -103,7 +103,7 @@ def test_products_without_a_matrix_are_those_with_it() -> None:
     inverse = inverse_fisher(g, 0.01)
     assert torch.allclose(inverse_product(g, v, 0.01), inverse @ v, rtol=1e-10, atol=1e-10)
     assert torch.allclose(inverse_product(g, v[:, 0], 0.01), inverse @ v[:, 0], rtol=1e-10, atol=1e-10)
-    w, mask = torch.randn(N, dtype=torch.float64), gone(0, 3, 6)
+    w, mask = torch.randn(N, dtype=torch.float64), pruned(0, 3, 6)
     dense, free = cut(w, inverse, mask), cut_matrix_free(w, g, mask, 0.01)
     assert torch.allclose(dense.weight, free.weight, rtol=1e-9, atol=1e-10)
     assert float(free.loss) == pytest.approx(float(dense.loss), rel=1e-9)

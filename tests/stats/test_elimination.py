@@ -43,11 +43,11 @@ def test_each_step_removes_what_brute_force_removes(units: Tensor) -> None:
     reader, x = _reader(3, units)
     removal = eliminate([reader], 6, ridge=1e-12)
     total = float((x @ reader.weight.T).square().sum())
-    gone: set[int] = set()
+    pruned: set[int] = set()
     for unit in removal.order.tolist()[:5]:
-        errors = {other: _error(reader, x, gone | {other}) for other in set(range(6)) - gone}
+        errors = {other: _error(reader, x, pruned | {other}) for other in set(range(6)) - pruned}
         assert min(errors, key=errors.__getitem__) == unit
-        gone.add(unit)
+        pruned.add(unit)
         assert float(removal.losses[unit]) == pytest.approx(errors[unit] / total, rel=1e-6)
 
 

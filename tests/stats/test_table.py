@@ -65,7 +65,7 @@ def test_a_name_that_is_not_in_the_table_is_refused() -> None:
     def unregistered(unit_count: Tensor) -> Tensor:
         return unit_count
 
-    with pytest.raises(pr.PruningError, match="asks for `unit_count`, which is no statistic"):
+    with pytest.raises(pr.PruningError, match="asks for `unit_count`, which is not a statistic"):
         pr.plan(convnet(), X, pr.Recipe(unregistered), target=pr.Sparsity(0.5))
 
 

@@ -210,7 +210,7 @@ class Gate(nn.Module):
 
 def test_masks_of_tokens_are_refused() -> None:
     model = Masked().eval()
-    with pytest.raises(pr.PruningError, match="another tensor"):
+    with pytest.raises(pr.PruningError, match="a further tensor"):
         pr.tokens.merge_tokens_(model, torch.randn(2, 6, 4), r=1)
 
 

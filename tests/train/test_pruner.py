@@ -267,8 +267,8 @@ def test_moments_of_newly_pruned_weights_are_cleared_at_once() -> None:
     _step(net, optimizer)
     pruner = Pruner(net, optimizer, recipe=_magnitude(net), target=Sparsity(0.5), schedule=single_step, steps=1)
     pruner.step()
-    gone = ~masks_of(net)[NAME]
-    assert gone.sum() == 40 and torch.count_nonzero(optimizer.state[net[0].weight]["exp_avg"][gone]) == 0
+    pruned = ~masks_of(net)[NAME]
+    assert pruned.sum() == 40 and torch.count_nonzero(optimizer.state[net[0].weight]["exp_avg"][pruned]) == 0
 
 
 def test_a_single_step_plans_once() -> None:

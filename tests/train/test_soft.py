@@ -61,10 +61,10 @@ def test_all_weights_learn_again_in_a_dense_phase() -> None:
                        schedule=lambda p: float(p in (0.25, 1.0)), steps=4, nested=False)  # fmt: skip
     descend(model, optimizer)
     assert pruner.step() is not None
-    gone = model[2].weight == 0
+    pruned = model[2].weight == 0
     assert pruner.step() is None and pr.masks_of(model) == {}
     descend(model, optimizer)
-    assert bool((model[2].weight[gone] != 0).any())
+    assert bool((model[2].weight[pruned] != 0).any())
 
 
 def test_a_cycle_with_nested_masks_is_refused() -> None:
@@ -106,15 +106,15 @@ def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     soft = pr.train.SoftFilterPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
     plan = soft.step()
-    gone = ~plan.keep["0"]
+    pruned = ~plan.keep["0"]
     weight = model[0].weight
-    assert int(gone.sum()) == 4 and not bool(weight[gone].any()) and bool(weight[~gone].all())
+    assert int(pruned.sum()) == 4 and not bool(weight[pruned].any()) and bool(weight[~pruned].all())
     readers = model[3].weight[plan.keep["3"]]
-    assert bool(readers[:, gone].all()) and bool(model[1].bias[gone].all()) and pr.masks_of(model) == {}
+    assert bool(readers[:, pruned].all()) and bool(model[1].bias[pruned].all()) and pr.masks_of(model) == {}
     square_loss(model, data[0]).backward()
-    assert weight.grad is not None and bool(weight.grad[gone].flatten(1).any(1).all())
+    assert weight.grad is not None and bool(weight.grad[pruned].flatten(1).any(1).all())
     optimizer.step()
-    assert bool(weight[gone].flatten(1).any(1).all())
+    assert bool(weight[pruned].flatten(1).any(1).all())
     last = soft.finish()
     cut = ~last.keep["0"]
     assert (

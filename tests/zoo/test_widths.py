@@ -237,19 +237,19 @@ def test_experts_go_with_their_columns_of_the_router() -> None:
     plan = pr.plan(model, batch(), pr.Recipe(pr.magnitude, pr.Expert()), target=pr.Sparsity(0.5))
     small, dense = pr.shrink(model, plan), copy.deepcopy(model)
     for layer, (group, replica) in enumerate(zip(groups, dense.model.layers, strict=True)):
-        gone = gone_of(plan, group.name)
+        pruned = gone_of(plan, group.name)
         experts = small.model.layers[layer].mlp.experts
-        assert len(gone) == 3 and experts.gate_up_proj.shape[0] == experts.num_experts == 3
-        replica.mlp.gate.forward = _router_without(replica.mlp.gate, gone)
+        assert len(pruned) == 3 and experts.gate_up_proj.shape[0] == experts.num_experts == 3
+        replica.mlp.gate.forward = _router_without(replica.mlp.gate, pruned)
     got, wanted = small(**batch()).logits, dense(**batch()).logits
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # torch has no such product in float64
     assert (wanted - model(**batch()).logits).abs().max() > 1e-6
 
 
-def _router_without(gate: Any, gone: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _router_without(gate: Any, pruned: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.reshape(-1, hidden.shape[-1]) @ gate.weight.T
-        logits[:, gone] = -torch.inf
+        logits[:, pruned] = -torch.inf
         values, index = torch.topk(logits.softmax(-1), gate.top_k, dim=-1)
         return logits, values / values.sum(-1, keepdim=True), index
 

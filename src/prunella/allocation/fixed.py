@@ -30,6 +30,7 @@ def fixed(pools: Sequence[Pool], *, shares: Shares = _NO_SHARES) -> list[Tensor]
     lose units only when all others are used up.
 
     shares: group name -> fraction in [0, 1]; without shares it is `uniform`. An unknown group name is an error.
+    Errors: RequestError for a share out of range or an unknown group.
 
     Use: the result of a search, or shares chosen by hand. Avoid: models without known shares: take `global_`.
     """

@@ -43,6 +43,7 @@ def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
     any. The last layer is the last pool of at least two.
 
     last: in [0, 1], largest sparsity of the last layer.
+    Errors: RequestError for `last` out of range.
 
     Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structured pruning, where
     the last pool is not the classifier.
@@ -83,12 +84,12 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
     raws = [_raw(shape) for shape in shapes]
     dense: set[int] = set()
     while True:
-        rest = [i for i in range(len(shapes)) if i not in dense]
-        if not rest:
+        sparse = [i for i in range(len(shapes)) if i not in dense]
+        if not sparse:
             return [1.0] * len(shapes)
         budget = density * sum(sizes) - sum(sizes[i] for i in dense)
-        scale = budget / sum(raws[i] * sizes[i] for i in rest)
-        over = {i for i in rest if scale * raws[i] > 1}
+        scale = budget / sum(raws[i] * sizes[i] for i in sparse)
+        over = {i for i in sparse if scale * raws[i] > 1}
         if not over:
             return [1.0 if i in dense else scale * raws[i] for i in range(len(shapes))]
         dense |= over

@@ -23,6 +23,7 @@ def owl(pools: Sequence[Pool], *, m: float = 5.0, limit: float = 0.08) -> list[T
 
     m: above 0, the paper uses 5 to 10 with `wanda`. limit: in [0, 1), largest distance of a layer from the mean.
     Layers with equal fractions of outliers get equal sparsity, as under `uniform`.
+    Errors: RequestError for knobs out of range.
 
     Use: single weights of language models above 60 %, with `wanda`. Avoid: N:M, whose sparsity is fixed, and structured
     pruning.

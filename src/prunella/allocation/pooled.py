@@ -40,6 +40,7 @@ def global_(pools: Sequence[Pool], *, normalize: Normalize = Normalize.NONE, per
 
     per_cost: also divide by the cost of one unit in the unit of the target. This compares the harm for each
     multiply-add (parameter, byte) saved. Meant for units of different size in one ranking, such as heads and neurons.
+    Errors: RequestError for `STANDARD` with per_cost.
 
     Example:
 

@@ -17,8 +17,8 @@ from prunella.registry.method import allocation
 def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) -> list[Tensor]:
     """The same pruning rate for all layers in every round, and a lower rate for the last layer.
 
-    After t rounds `d_l = (1 - p_l)^t` with `p_l = rate`, and `p_l = last * rate` in the last layer. The target decides
-    t, which may be fractional. The key is the t at which the unit of rank `r` of `n` is removed,
+    After t rounds `d_l = (1 - p_l)^t` with `p_l = rate`, and `p_l = last * rate` in the last layer. The target
+    determines t, which may be fractional. The key is the t at which the unit of rank `r` of `n` is removed,
     `log(1 - (r + 1/2) / n) / log(1 - p_l)`. Scores decide only within a layer.
 
     rate: in (0, 1), relative to the survivors. last: factor in (0, 1] on the rate of the layer that runs last.
@@ -38,7 +38,7 @@ def densities(sizes: Sequence[int], rounds: int, *, rate: float = 0.2, last: flo
 
 
 def check_rates(rate: float, last: float) -> None:
-    """`RequestError` if a rate is out of range."""
+    """Errors: RequestError if a rate is out of range."""
     if not 0 < rate < 1 or not 0 < last <= 1:
         raise RequestError(
             f"rate={rate:g}, last={last:g} are out of range",

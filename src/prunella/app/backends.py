@@ -1,6 +1,6 @@
-"""How fast a pruned model runs with each backend there is: eager, compiled, ONNX Runtime, and skipping its zeros.
+"""Time a model with each available backend: eager, compiled, ONNX Runtime, and the sparse kernels.
 
-All candidates of a batch size and number of threads meet in the same interleaved rounds; wall time, with intervals.
+All backends of a batch size and number of threads are timed in the same interleaved rounds; wall time, with intervals.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, and what was left out and why."""
+    """The measurements, and the backends that were left out, with the reason."""
 
     rows: tuple[Timed, ...]
     left_out: Mapping[str, str]
@@ -86,34 +86,34 @@ def bench(
     """Time the backends side by side on the CPU, in eval mode and without gradients.
 
     backends: of `BACKENDS`; eager is always the base. batches: the first sample of the example is repeated. threads: 1
-    and all, unless given. precision: of the kernels that `sparse` may choose. A backend that does not exist here is
+    and all, unless given. precision: of the kernels that `sparse` may choose. A backend that is not installed here is
     left out, and the result says why. Errors: RequestError for an unknown backend, or numbers out of range.
     """
     unknown = sorted(set(backends) - set(BACKENDS))
     if unknown or min([*batches, *threads, 1]) < 1 or not batches:
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
         why += f"; {near}" if unknown and (near := near_names(unknown[0], BACKENDS)) else ""
-        raise RequestError("this cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
-    rows, left, said = list[Timed](), dict[str, str](), ""
+        raise RequestError("the backends cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
+    rows, left, record = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model = copied(model).cpu().eval().requires_grad_(False)
     for count in sorted(set(threads) or {1, usable}):
         with _threads(count), tempfile.TemporaryDirectory() as folder:
             for batch in batches:
-                given = repeated(example, batch)
-                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, given)}
+                example_of_batch = repeated(example, batch)
+                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, example_of_batch)}
                 for backend in BACKENDS:
                     if backend in backends and backend != "eager":
                         try:
-                            runs[backend] = _MAKERS[backend](model, given, precision, Path(folder), seed)
+                            runs[backend] = _MAKERS[backend](model, example_of_batch, precision, Path(folder), seed)
                         except PruningError as error:
                             left[backend] = f"{error.what}: {error.why}" if error.why else error.what
                 if "sparse" in runs:
-                    said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
+                    record = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
                     rows += _rows(runs, batch, count, rounds, seed)
     kernels = library.isa() if library.available() else "none"
-    return Bench(tuple(rows), left, said, cpu_name(), kernels)
+    return Bench(tuple(rows), left, record, cpu_name(), kernels)
 
 
 def _rows(
@@ -169,7 +169,7 @@ def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Pat
 
     torch._dynamo.reset()
     with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the compiler's own
+        warnings.simplefilter("ignore")  # warnings of the compiler
         compiled = cast(nn.Module, torch.compile(copied(model), dynamic=False))
         try:
             forward(compiled, given)

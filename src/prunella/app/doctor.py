@@ -1,4 +1,4 @@
-"""What this machine has, and which kinds of sparsity are faster here. Everything that is said of speed is measured."""
+"""The hardware and software of this machine, and which kinds of sparsity are faster on it, by measurement."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Checkup:
-    """What `prunella doctor` found."""
+    """The result of `prunella doctor`."""
 
     system: Mapping[str, str]
     extras: Mapping[str, str]
     trials: tuple[Trial, ...]
     patterns: tuple[Pattern, ...] = ()
-    """What the sparse runtime gains by each pattern of zeros."""
+    """The speed-up of the sparse runtime for each pattern of zeros."""
     busy: str = ""
-    """That other processes used the cores, so that the times are not reliable; empty if they did not."""
+    """A warning that other processes used the cores, so the times are not reliable; empty if they did not."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -97,14 +97,14 @@ class Checkup:
 
 
 def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
-    """Look at the machine, and measure for about `seconds` seconds which structures pay."""
+    """Inspect the machine, and measure for about `seconds` seconds which structures are faster."""
     busy = _busy()  # before the measurement, which is a load itself
     measured = trials(seconds=seconds / 2, seed=seed)
     return Checkup(system(), extras(), measured, survey(seconds=seconds / 2, seed=seed), busy)
 
 
 def _busy() -> str:
-    """That more than half of the cores were in use in the last minute; empty if not, or unknown."""
+    """A warning that more than half of the cores were in use in the last minute; empty if not, or unknown."""
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, _cores()
     if load <= cores / 2:
         return ""
@@ -173,11 +173,11 @@ _Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
 
 def trials(*, seconds: float = 4.0, seed: int = 0) -> tuple[Trial, ...]:
-    """Dense against pruned, measured in turns so that both see the same machine."""
+    """Dense against pruned, timed alternately, so that load affects both equally."""
     generator = torch.Generator().manual_seed(seed)
     cases = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator)]
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that its sparse tensors are in beta
+        warnings.simplefilter("ignore")  # torch warns that its sparse tensors are in beta
         return tuple(_measure(case, seconds / len(cases)) for case in cases)
 
 

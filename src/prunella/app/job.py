@@ -1,4 +1,4 @@
-"""A job for `run`: what to prune, how to recover, and what must hold before anything is written."""
+"""A job for `run`: the pruning request, the recovery, and the checks to pass before anything is written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prunella.types import Loss
 StepKind = Literal["bn", "reconstruct", "distill", "finetune"]
 _KINDS: dict[str, StepKind] = {kind: kind for kind in get_args(StepKind)}
 Quality = Mapping[str, float]
-"""Name of a metric -> its value; higher is better. Empty where nothing is evaluated."""
+"""Name of a metric -> its value; higher is better. Empty if nothing is evaluated."""
 Metric = Callable[[nn.Module], float | Quality]
-"""Quality of a model: one number, or several by name. The first one is that of `max_drop`."""
+"""Quality of a model: one number, or several by name. `max_drop` limits the first one."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def _read_step(text: str) -> RecoveryStep:
 class Recovery:
     """How the pruned model is recovered, step by step.
 
-    data: batches of `distill` and `finetune`, those of the job unless given. lr: of both. ridge: of `reconstruct`.
-    imitate: from the dense model to the loss of `distill`; the logits unless given.
+    data: batches for `distill` and `finetune`; default: those of the job. lr: learning rate of both. ridge: penalty of
+    `reconstruct`. imitate: maps the dense model to the loss of `distill`; default: divergence of the logits.
     """
 
     steps: tuple[RecoveryStep, ...] = ()
@@ -67,11 +67,12 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Job:
-    """What to do. `metric` and `max_drop` are a gate: the quality may fall by so much and no more.
+    """A request to `run`. `metric` and `max_drop` are a gate: the quality may fall by at most `max_drop`.
 
-    data, loss: to score, and to recover. factory: how the dense model is made, for `load`; source: the Hugging Face
-    folder that it came from. command: how to do this again. about: what model and data are, in a line for the record.
-    by_hand: what is chosen by name. auto: `prune` plans, cuts and recovers; of the recipe the seed alone counts.
+    data, loss: for scores and recovery. factory: makes the dense model, for `load`. source: the Hugging Face folder
+    from which the model was read. command: the command line that repeats the job. about: one line on model and data
+    for the record. by_hand: units, ratios and counts by layer name. auto: `prune` plans, cuts and recovers; only the
+    seed of the recipe is used.
     """
 
     recipe: Recipe
@@ -92,7 +93,7 @@ class Job:
 
     @property
     def recovery_data(self) -> Iterable[Any] | None:
-        """Batches of the steps that train."""
+        """Batches for distillation and fine-tuning."""
         return self.data if self.recovery.data is None else self.recovery.data
 
     def check(self) -> None:

@@ -33,5 +33,5 @@ def output_probe(outputs: Outputs) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def _name(batch: Any) -> int:
-    """A number that two different batches do not share."""
+    """A seed from the contents of a batch; different batches have different seeds."""
     return zlib.crc32(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors(batch)))

@@ -1,4 +1,4 @@
-"""`prune`: plan, cut and recover in one call, by the best known way for what is given."""
+"""`prune`: plan, cut and recover in one call, by the methods with the best measured results."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _WORDS: dict[str, Recover] = {
 
 @dataclass(frozen=True)
 class Pruned:
-    """What `prune` returns. model: the smaller model; the one that was given is as before. plan: what was cut.
+    """The result of `prune`. model: the smaller model; the given model is unchanged. plan: the pruned units.
 
     history: the stages, with the distance to the dense outputs on held-out batches. report: sizes, times and outputs
-    beside the dense model, measured when first read.
+    next to those of the dense model, measured on first access.
 
     Example:
 
@@ -71,7 +71,7 @@ class Pruned:
 
     @property
     def distance(self) -> float | None:
-        """To the dense outputs on held-out batches; None without data."""
+        """Distance to the dense outputs on held-out batches; None without data."""
         return next((stage.after for stage in reversed(self.history) if stage.after is not None), None)
 
     def __str__(self) -> str:
@@ -108,24 +108,26 @@ def prune(
 ) -> Pruned:
     """Plan, cut and recover: a smaller model that meets every target. `model` does not change.
 
-    With data, a quarter of the batches is held out. Units go by elimination with weight updates (`obs_units`), group by
-    group as many as the measured losses of real cuts allow (`pr.search.measured`); widths are multiples of 8, below 32
-    channels of 4, and residual streams stay whole, if the targets can be met so. `reconstruct` refits the layers,
-    `absorb_bn` the statistics, and a short distillation follows. What a stage makes worse on the held-out batches is
-    undone. Without data, `group_norm` decides, no group is emptied, and nothing is recovered.
+    With data, a quarter of the batches is held out. Units are ranked by elimination with weight updates (`obs_units`).
+    The number pruned from each group follows from the measured losses of real cuts (`pr.search.measured`). If the
+    targets allow it, widths are multiples of 8 (of 4 below 32 channels), and residual streams are kept dense. Then
+    `reconstruct` refits the layers, `absorb_bn` updates the statistics, and a short distillation follows. A stage that
+    increases the distance on the held-out batches is undone. Without data, units are ranked by `group_norm`, no group
+    is emptied, and nothing is recovered.
 
-    target: one or several, such as `[MACs(0.5), Params(0.6)]`: all are met. data: batches without labels; where a batch
-    has labels and the model takes one argument, the first entry. Some hundred images or some thousand tokens are good.
-    loss: how to run the model on a batch, where it cannot be called on it. recover: "auto", "reconstruct" (no
-    training), "none", or settings as `{"steps": 200, "lr": 0.01}`. budget: of planning and recovery, such as `"2min"`
-    or seconds: fewer levels and batches, then scores without measured losses, then no distillation. The plan itself and
-    its proof are always made, however long they take. skip, only: as in `plan`. on_stage: called with the `Progress`
-    of each stage, which has an estimate of the time left. folder: keeps the work, as it is done: measured losses, the
-    plan, the model after each step of recovery, and a training every minute. After a kill the same call goes on from
-    there and gives the same bits; a call with anything changed is refused. Remove the folder when it is done with.
+    target: one or several, such as `[MACs(0.5), Params(0.6)]`: all are met. data: batches without labels; if a batch
+    has labels and the model takes one argument, its first entry is used. A few hundred images or a few thousand tokens
+    suffice. loss: runs the model on a batch, if the model cannot be called on the batch itself. recover: "auto",
+    "reconstruct" (no training), "none", or settings such as `{"steps": 200, "lr": 0.01}`. budget: time for planning and
+    recovery, such as `"2min"` or a number of seconds. A small budget means fewer levels and batches, then scores
+    without measured losses, then no distillation; the plan and its proof are always made, however long they take.
+    skip, only: as in `plan`. on_stage: called with the `Progress` of each stage, which estimates the time left.
+    folder: stores the work as it is done: measured losses, the plan, the model after each step of recovery, and a
+    checkpoint of training every minute. After a kill the same call resumes from there with bit-identical results; a
+    call with changed arguments is refused. Remove the folder when the job is done.
 
-    Errors: those of `plan`; TargetMissed says what binds. With a folder: Locked while another process writes it,
-    RequestError, with what changed, where it holds another call.
+    Errors: those of `plan`; TargetMissed names the binding constraint. With a folder: Locked while another process
+    writes it; RequestError if the folder belongs to another call, with the differences.
 
     Example:
 
@@ -154,12 +156,12 @@ def prune(
 def _place(folder: str | os.PathLike[str] | None) -> Path | None:
     """Errors: RequestError for an empty name, which would be the current directory."""
     if folder is not None and not os.fspath(folder):
-        raise RequestError('folder="" is no folder', "the work would lie in the current directory", "give it a name")
+        raise RequestError('folder="" is not a folder', "the work would lie in the current directory", "give it a name")
     return None if folder is None else Path(folder)
 
 
 def _identity(asked: Asked, loss: Loss | None, how: Recover, budget: float | None) -> Identity:
-    """All that decides what `prune` returns, each part by its name."""
+    """Everything that determines the result of `prune`, each part by its name."""
     data = asked.data and asked.data.parts
     parts: dict[str, object] = {"inputs": asked.inputs, "target": asked.targets, "data": data, "loss": loss}
     parts |= {"recover": repr(how), "budget": str(budget), "seed": asked.seed}
@@ -178,7 +180,7 @@ def asked_of(
     only: Sequence[str],
     seed: int,
 ) -> Asked:
-    """What is asked, checked. Errors: RequestError, BadInput."""
+    """The checked arguments. Errors: RequestError, BadInput."""
     check_seed(seed)
     targets, model = _targets(target), unwrap(model)
     check_finite(model)
@@ -187,7 +189,7 @@ def asked_of(
 
 
 def _run(loss: Loss | None) -> Outputs:
-    """How the model runs on a batch, or on a part of one."""
+    """The function that runs the model on a batch, or on a part of one."""
     outputs: Outputs = forward if loss is None else outputs_by(loss)
 
     def run(model: nn.Module, batch: Any) -> Any:
@@ -198,7 +200,7 @@ def _run(loss: Loss | None) -> Outputs:
 
 
 def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer, stages: Stages) -> None:
-    """All that follows the cut, in place."""
+    """Run the recovery after the cut, in place."""
     if asked.data is None:
         timer.skip("recovery", "there is no data; pass data=...")
         return
@@ -212,19 +214,19 @@ def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer
 
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:
-    """Errors: RequestError for no target, or something else."""
+    """The targets as a tuple. Errors: RequestError if there is none, or one has another type."""
     targets = tuple(target) if isinstance(target, list | tuple) else (target,)
     if not targets or not all(isinstance(entry, Target) for entry in targets):
         raise RequestError(
-            f"target={target!r} is no budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"
+            f"target={target!r} is not a budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"
         )
     if sum(isinstance(entry, Latency) for entry in targets) > 1:
-        raise RequestError("two latencies are asked for", "the smaller one decides", "give one Latency")
+        raise RequestError("two latency targets are given", "the smaller one decides", "give one Latency")
     return targets
 
 
 def _recover(recover: str | Mapping[str, Any] | Recover) -> Recover:
-    """Errors: RequestError for a word or a setting that does not exist."""
+    """The recovery settings. Errors: RequestError for an unknown word or setting."""
     if isinstance(recover, Recover):
         how = recover
     elif isinstance(recover, str):

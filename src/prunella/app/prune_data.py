@@ -1,4 +1,4 @@
-"""Batches for `prune`: inputs without labels, some to fit and some held out to judge."""
+"""Batches for `prune`: inputs without labels, some for fitting and some held out for evaluation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from prunella.model.trees import tensors
 from prunella.types import Inputs, Loss
 
 MOST = 128
-"""Most batches that are used."""
+"""Largest number of batches used."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """fit: for statistics, least squares and training. held_out: for judging, never the same samples. note: what of the
-    data is not used, or used twice; empty otherwise. every: all batches in their order, so that each has a number."""
+    """fit: for statistics, least squares and training. held_out: for evaluation, with other samples. note: a remark if
+    data is not used, or is used twice; empty otherwise. every: all batches in order, for their numbers in messages."""
 
     fit: tuple[Any, ...]
     held_out: tuple[Any, ...]
@@ -32,21 +32,21 @@ class Batches:
 
     @property
     def parts(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What an identity reads."""
+        """The data as part of an identity."""
         return self.fit, self.held_out
 
 
 def split(model: nn.Module, data: Iterable[Any], loss: Loss | None, example: Inputs | None = None) -> Batches:
     """A quarter of the batches, or of the samples of the only batch, is held out.
 
-    Without a loss, of a batch of inputs and labels the inputs alone are used. example: has an axis of samples, as the
+    Without a loss, only the inputs of a batch of inputs and labels are used. example: has an axis of samples, as the
     batches must have. Errors: RequestError without batches, and for samples; BadInput for NaN or infinity in a batch.
     """
     check_batches(data)
     given = listed(itertools.islice(data, MOST + 1))
     note = f"only the first {MOST} batches are used" if len(given) > MOST else ""
     every = listed(trainable(batch if loss else inputs_of(model, batch)) for batch in given[:MOST])
-    if loss is None:  # with one, it alone knows what of a batch is an input
+    if loss is None:  # a loss itself selects the inputs of a batch
         _check_axis(every[0], example, isinstance(data, Dataset) and not isinstance(data, IterableDataset))
         check_finite(every)
     if len(every) > 1:
@@ -60,7 +60,7 @@ def split(model: nn.Module, data: Iterable[Any], loss: Loss | None, example: Inp
 
 
 def _check_axis(batch: Any, example: Inputs | None, of_samples: bool) -> None:
-    """RequestError for a sample in place of a batch: as a row of the example, or one axis short in a dataset."""
+    """Errors: RequestError for a sample in place of a batch: a row of the example, or one axis fewer in a dataset."""
     pairs = [(one.shape, other.shape) for one, other in zip(tensors(batch), tensors(example), strict=False)]
     short = [len(one) + 1 == len(other) and (of_samples or one == other[1:]) for one, other in pairs]
     if pairs and all(short):
@@ -72,29 +72,29 @@ def _check_axis(batch: Any, example: Inputs | None, of_samples: bool) -> None:
 
 
 def check_finite(every: Iterable[Any]) -> None:
-    """BadInput that names the first batch with NaN or infinity; masks of attention hold minus infinity."""
+    """Errors: BadInput names the first batch with NaN or infinity; attention masks may hold minus infinity."""
     for number, batch in enumerate(every):
         for tensor in (tensor for tensor in tensors(batch) if tensor.is_floating_point() or tensor.is_complex()):
             bad = tensor.isnan() | (tensor.isinf() if tensor.is_complex() else tensor.isposinf())
             if count := int(bad.sum()):
                 why = f"{count} of its values are NaN or infinite; it is {described(batch)}"
-                raise BadInput(f"batch {number} of data= is not finite", why, "mend the data, or leave this batch out")
+                raise BadInput(f"batch {number} of data= is not finite", why, "fix the data, or leave this batch out")
 
 
 def check_outputs(output: Any, batch: Any, every: Listed) -> None:
-    """BadInput for outputs of the dense model that are no numbers, though the batch is: nothing can be fitted to them.
+    """Errors: BadInput if the dense model gives NaN for a finite batch: nothing can be fitted to such outputs.
 
-    Infinity is one of logits that are ruled out.
+    Infinite outputs are accepted: models mask logits with minus infinity.
     """
     if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
         place = every.place(batch)
         which = f"batch {place[0]} of data=" if place else "a batch of data="
-        why = f"the model computes NaN of it; it is {described(batch)}"
+        why = f"the model gives NaN for it; it is {described(batch)}"
         raise BadInput(f"the outputs for {which} are not finite", why, "check the weights of the model and the batch")
 
 
 def first(batches: Sequence[Any], samples: int) -> tuple[Any, ...]:
-    """The first batches that hold so many samples together, at least one; the last one is cut."""
+    """The first batches with `samples` samples in total, at least one batch; the last one is cut."""
     chosen, left = list[Any](), samples
     for batch in batches:
         if chosen and left <= 0:
@@ -110,7 +110,7 @@ def size(batch: Any) -> int:
 
 
 def part(batch: Any, start: int, stop: int, count: int | None = None) -> Any:
-    """Samples `start` to `stop` of a batch: of tensors with one position for each sample; other values are shared."""
+    """Samples `start` to `stop` of a batch: tensors with one entry per sample are sliced, other values are shared."""
     count = size(batch) if count is None else count
     if isinstance(batch, Tensor):
         return batch[start:stop] if batch.dim() and batch.shape[0] == count else batch

@@ -1,4 +1,4 @@
-"""Which groups `prune` may cut, in which steps: inner groups first, the residual stream only where it must be."""
+"""The groups that `prune` may cut, and their steps: inner groups first, residual streams only if necessary."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from prunella.selection import Counts
 from prunella.targets import Latency, MACs, Target
 
 MIN_DENSITY = 0.1
-"""Of the units of a group that are kept, as long as the target can be met so."""
+"""Smallest fraction of a group's units that is kept, as long as the target can be met."""
 
 
 STEPS = ((32, 8), (16, 4))
-"""Width from which on channels are rounded, and to multiples of what."""
+"""Pairs of a smallest width and the multiple to which widths from there on are rounded."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Groups that may be cut. norms: scores by weights alone. ladders: the steps of each group. rounded: to widths that
-    suit hardware. frozen: what takes no part, and why."""
+    """Groups that may be cut. norms: scores by weights alone. ladders: the steps of each group. rounded: whether widths
+    are rounded for hardware. frozen: axes that are not cut, with reasons."""
 
     groups: tuple[Group, ...]
     norms: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class Scope:
 
 
 def scope_of(request: Request, targets: Sequence[Target]) -> Scope:
-    """The first scope in which all targets can be met: inner groups, then all, each first in widths for hardware.
+    """The first scope in which all targets can be met: inner groups, then all; each first with widths for hardware.
 
     A tenth of the units of each group is kept, if the targets can be met so. Errors: NotSupported if nothing can be
     pruned; TargetMissed if a target is out of reach, or met by the dense model.
@@ -82,18 +82,18 @@ def scope_of(request: Request, targets: Sequence[Target]) -> Scope:
 
 
 def _candidates(request: Request, groups: Sequence[Group]) -> CandidateUnits:
-    """The units in their own order: for costs, which do not depend on the order."""
+    """The units in index order, for costs, which do not depend on the order."""
     return CandidateUnits(request.graph, tuple(groups), tuple(torch.arange(group.size) for group in groups))
 
 
 def reachable(request: Request, scope: Scope, targets: Sequence[Target]) -> bool:
-    """Whether the groups at their minimum meet every target but a latency, which only a measurement tells."""
+    """Whether the groups at their minimum meet every target, apart from a latency, which has to be measured."""
     candidates = _candidates(request, scope.groups)
     return all(over(candidates, target, most(scope.ladders)) <= 1 for target in targets)
 
 
 def over(candidates: CandidateUnits, target: Target, counts: Counts) -> float:
-    """The amount that remains relative to the budget of a target: met up to 1. A latency is counted as 0 here."""
+    """The remaining amount relative to the budget of a target, which is met up to 1. A latency counts as 0."""
     if isinstance(target, Latency):
         return 0.0
     return candidates.amount(target, counts) / (candidates.budget(target) * (1 + 1e-12))
@@ -118,7 +118,7 @@ def missed(request: Request, scope: Scope, targets: Sequence[Target]) -> Excepti
 
 
 def residual_streams(model: nn.Module, groups: Sequence[Group], inputs: Any) -> set[str]:
-    """Groups that are the sum of what several blocks give.
+    """Groups of positions to which several blocks add their outputs.
 
     A layer reads the group before another one adds to it: `x + f(x)`. A residual width of a transformer always is one.
     """
@@ -144,7 +144,7 @@ def _adds_to_itself(group: Group, calls: Sequence[tuple[str, bool]]) -> bool:
 
 
 def _scored(request: Request) -> tuple[list[tuple[Group, Tensor]], list[Frozen]]:
-    """Groups with a norm for each unit, whose cut by half the oracle proves, and what takes no part."""
+    """Groups with a norm for each unit and a cut by half that the oracle proves, and the frozen axes."""
     groups, frozen = eligible_groups(request)
     by_norm = replace(request, recipe=replace(request.recipe, criterion=group_norm))
     scored = []

@@ -1,4 +1,4 @@
-"""The plan of `prune`: units by elimination, widths by measured losses, every target met; each statistic once."""
+"""The plan of `prune`: units by elimination, widths by measured losses, all targets met; statistics are shared."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from prunella.targets import Latency, Target
 from prunella.types import Inputs, Mask
 
 FIT, JUDGE = 256, 128
-"""Samples for the statistics, and for the measured losses."""
+"""Number of samples for the statistics, and for the measured losses."""
 LEVELS = {5: (0.0625, 0.1875, 0.375, 0.625, 0.8125), 3: (0.1875, 0.4375, 0.75), 2: (0.25, 0.625)}
 REFITTED = 0.2
-"""What remains of the loss of a cut in the first layers when all layers behind them are refitted, relative to that in
-the last: a refit takes away what earlier cuts did to its inputs. ResNet-20 at half of its multiply-adds, four seeds,
+"""The loss of a cut in the first layers after a refit of all later layers, relative to the same in the last layers: a
+refit compensates the effect of earlier cuts on its inputs. ResNet-20 at half of its multiply-adds, four seeds,
 measured with all these refits: .2 to .5 in the first stage, .4 to .7 in the second, .8 to 1.1 in the third."""
 RIDGE, FEW_RIDGE = 1e-3, 1e-2
-"""With many tokens, and with fewer than twice the inputs of a layer."""
+"""Ridge with many tokens, and with fewer tokens than twice the inputs of a layer."""
 Losses = Mapping[int, float]
 """Number of removed units -> the loss."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What `prune` was asked. run: gives the outputs of (model, batch). refits: whether `reconstruct` will follow."""
+    """The arguments of `prune`. run: gives the outputs of (model, batch). refits: whether `reconstruct` will follow."""
 
     model: nn.Module
     inputs: Inputs
@@ -65,7 +65,7 @@ class Asked:
 
 
 def planned(asked: Asked, timer: StageTimer, records: Records) -> Plan:
-    """The plan; the model does not change. records: keep each measured loss. Errors: those of `plan`."""
+    """The plan; the model does not change. records: stores each measured loss. Errors: those of `plan`."""
     replica = copied(asked.model)
     with untouched(replica, asked.seed), mode(replica, training=False), torch.no_grad():
         with timer.stage("groups") as stage:
@@ -113,7 +113,7 @@ class _Measured:
         return scores, losses
 
     def _gather(self, stage: Running) -> Readers:
-        """The inputs of all readers, in one pass."""
+        """The input statistics of all reading layers, in one pass over the batches."""
         model = self.request.model
         readers = Readers(Subject(model, self.request.graph, groups=self.scope.groups).parameters, self.scope.groups)
         batches = first(self.data.fit, FIT)
@@ -132,7 +132,7 @@ class _Measured:
         return readers
 
     def _eliminated(self, readers: Readers, stage: Running) -> dict[str, Tensor]:
-        """Group -> the relative loss at which each unit goes; groups without a readable reader are left out."""
+        """Group -> the relative loss at which each unit is eliminated; only groups whose readers have statistics."""
         losses, tokens, start = {}, list[float](), now()
         for number, group in enumerate(self.scope.groups, start=1):
             parts = readers.of(group.name)
@@ -166,7 +166,7 @@ class _Measured:
         return losses
 
     def _remaining(self, order: Sequence[str], points: Mapping[str, Curve]) -> dict[str, float]:
-        """Group -> what remains of its loss behind the refits of later layers, from `REFITTED` to 1 in their order."""
+        """Group -> the fraction of its loss left after refits of later layers, from `REFITTED` to 1 in model order."""
         places = [name for name in order if points.get(name)]
         last = max(1, len(places) - 1)
         return {name: REFITTED ** (1 - k / last) if self.asked.refits else 1.0 for k, name in enumerate(places)}
@@ -174,7 +174,7 @@ class _Measured:
     def _curves(
         self, readers: Readers, groups: Sequence[tuple[int, Group]], scores: Sequence[Tensor]
     ) -> dict[str, Curve]:
-        """Group -> points (fraction removed, loss); none where the budget has no time for them."""
+        """Group -> points (fraction removed, loss); empty if the budget leaves no time for them."""
         if not groups:
             return {}
         with self.timer.stage("measured losses") as stage:
@@ -202,7 +202,7 @@ class _Measured:
         masks: Sequence[Mapping[int, Mask]],
         stage: Running,
     ) -> dict[str, Curve]:
-        """Group -> its points in ascending order, each recorded as soon as it is measured."""
+        """Group -> its points in ascending order; each is recorded as soon as it is measured."""
         data = digest_of(self.data.parts) if self.records.kept else ""
 
         def key(name: str, x: float) -> str:
@@ -237,7 +237,7 @@ class _Measured:
 
 
 def _by_norm(scores: Tensor, levels: Sequence[int]) -> dict[int, float]:
-    """`-log(1 - share)` with the share of the group's squared norm that goes: no group is emptied cheaply."""
+    """`-log(1 - share)` with the removed share of the group's squared norm: emptying a group is always expensive."""
     squares = scores.double().square().sort().values
     total = float(squares.sum()) or 1.0
     shares = squares.cumsum(0) / total

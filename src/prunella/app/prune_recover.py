@@ -1,4 +1,4 @@
-"""The recovery of `prune`, stage by stage; no stage leaves a model that is worse on the held-out batches."""
+"""The recovery of `prune`, stage by stage; a stage that makes the model worse on the held-out batches is undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from prunella.search.measured import distance_of, divergence, name_of
 from prunella.types import Loss
 
 STEPS, LOOKS, TRAINED_NORMS = 60, 4, 64
-"""Most steps of distillation; how often the held-out batches are looked at; batch size from which norms train."""
+"""Most distillation steps; evaluations on held-out batches; batch size from which norms use batch statistics."""
 FITTED, ABSORBED, JUDGED = 1024, 512, 256
 """Samples for least squares, for the statistics of norms, and for the distance. ResNet-20 at half of its multiply-adds,
 before distillation, two seeds, with 1,024 / 2,048 samples: 80.4 / 80.9 and 81.8 / 81.9 % in 17 / 25 CPU seconds; with
@@ -44,13 +44,13 @@ CLIP = 10.0
 """Largest norm of a gradient. Gradients of `T^2 KL` have norms of 2 to 4 in a network that learns well: a smaller limit
 is a smaller learning rate."""
 LR = 0.02
-"""Learning rate of distillation where the pruned model is far from the dense one."""
+"""Learning rate of distillation if the pruned model is far from the dense one."""
 NEAR = 0.2
 """A divergence of logits below which the learning rate falls, as `LR (d / NEAR)^1.5`. ResNet-20 at 65 % of its
 multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.6 / 86.1 / 85.6 % after 85.6 %, and the
 last is undone, since the distance has grown."""
 SAME = 1e-3
-"""Relative change of a distance that rounding alone makes."""
+"""Relative change of a distance by rounding alone."""
 
 _State = tuple[tuple[int, int], ...] | None
 
@@ -59,9 +59,9 @@ _State = tuple[tuple[int, int], ...] | None
 class Recover:
     """How `prune` recovers the quality.
 
-    reconstruct: refit the layers that read what was cut, and give batch normalizations the statistics of the data.
-    steps: of distillation after that; None for as many as the data and the budget suggest, 0 for none.
-    lr: of these; None for `LR`, and less where the model is near the dense one already.
+    reconstruct: refit the layers that read pruned units, and recompute the statistics of batch normalizations.
+    steps: number of distillation steps; None: chosen by the data and the budget, 0: no distillation.
+    lr: learning rate of distillation; None: `LR`, or less if the model is already close to the dense one.
     """
 
     reconstruct: bool = True
@@ -84,35 +84,35 @@ class Pair:
 
     @cached_property
     def held_out(self) -> tuple[Any, ...]:
-        """The batches that judge."""
+        """The batches for evaluation."""
         return first(self.data.held_out, JUDGED)
 
     def judged(self, model: nn.Module, batch: Any) -> Tensor | Logits:
-        """What the outputs are compared by."""
+        """The part of the outputs that is compared."""
         return judged(self.run(model, batch), batch)
 
     @property
     def measure(self) -> str:
-        """What the distance is, with its unit. Call `distance` before."""
+        """Name and unit of the distance. Call `distance` before."""
         return name_of(distance_of(self.expected[0]))
 
     def present(self) -> float:
-        """The distance, measured only if the model has changed since `remember`, which is then forgotten.
+        """The distance; it is measured again only if the model has changed since `remember`.
 
-        What a training reads of the pair must be the same in every process: it decides what the training is.
+        A resumed process must read the same number, because it determines the settings of the training.
         """
         known = self.known.get(self._state())
         self.known.clear()
         return self.distance() if known is None else known
 
     def remember(self, distance: float) -> None:
-        """Take this as the distance of the model as it is."""
+        """Store this as the distance of the present model."""
         self.known.clear()
         if (state := self._state()) is not None:
             self.known[state] = distance
 
     def _state(self) -> _State:
-        """Every tensor, and how often it was written; None where that is not counted."""
+        """Every tensor with its version counter; None for tensors without one."""
         own = [*self.small.parameters(), *self.small.buffers()]
         return None if any(t.is_inference() for t in own) else tuple((id(t), t._version) for t in own)
 
@@ -129,11 +129,11 @@ class Pair:
 
 
 def recover_(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> None:
-    """Recover the pruned model in place, step by step; steps that are done are read."""
+    """Recover the pruned model in place, step by step; finished steps are read from the folder."""
     if how.reconstruct:
         stages.recover(1, pair.small, partial(_refitted, pair, timer, stages.records), timer)
     else:
-        timer.skip("reconstruct", "recover= does not ask for it")
+        timer.skip("reconstruct", "recover= excludes it")
     stages.recover(2, pair.small, partial(_distilled, pair, how, timer, stages), timer)
 
 
@@ -164,7 +164,7 @@ def _reconstructed(pair: Pair, timer: StageTimer, records: Records) -> None:
 
 
 def _few(pair: Pair, timer: StageTimer, stage: Running, records: Records) -> list[Any]:
-    """The batches of the fit that the budget has time for; one batch alone in four parts, to choose the ridge by."""
+    """The batches for the fit that the budget allows; a single batch is split in four, to choose the ridge."""
     batches = list(first(pair.data.fit, FITTED))
     if len(batches) == 1 and size(batches[0]) >= 4:
         count = size(batches[0])
@@ -178,7 +178,7 @@ def _few(pair: Pair, timer: StageTimer, stage: Running, records: Records) -> lis
 
 
 def _affordable(pair: Pair, seconds: float, passes: int) -> int:
-    """How often so many passes of the dense model on one batch fit into the time."""
+    """How many times `passes` passes of the dense model on one batch fit into the time."""
     start = now()
     with mode(pair.dense, training=False), torch.no_grad():
         pair.run(pair.dense, pair.data.fit[0])
@@ -209,7 +209,7 @@ def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> d
 
 
 def _rate(pair: Pair, how: Recover) -> float:
-    """The learning rate: what was asked, else by how far the outputs are from those of the dense model."""
+    """The learning rate: the given one, otherwise by the distance of the outputs to those of the dense model."""
     if how.lr is not None:
         return how.lr
     if distance_of(pair.expected[0]) is not divergence:
@@ -218,9 +218,9 @@ def _rate(pair: Pair, how: Recover) -> float:
 
 
 def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tuple[int, str]:
-    """The number of steps, and why so few or none."""
+    """The number of steps, and the reason if it is reduced or zero."""
     if how.steps is not None:
-        return how.steps, "" if how.steps else "recover= does not ask for it"
+        return how.steps, "" if how.steps else "recover= excludes it"
     if not any(parameter.requires_grad for parameter in pair.small.parameters()):
         return 0, "no parameter requires a gradient"
     steps = min(STEPS, 4 * len(pair.data.fit))
@@ -228,7 +228,7 @@ def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tup
         return steps, ""
     most = int(records.number("most steps of distillation", lambda: _affordable(pair, 0.8 * timer.left, 5)))
     if most < 4:
-        return 0, "the budget has no time for it"
+        return 0, "the budget leaves no time for it"
     return min(most, steps), "as the budget allows" if most < steps else ""
 
 
@@ -263,7 +263,7 @@ def _cosine(progress: float) -> float:
 
 
 class _Best:
-    """The best state of a model so far. file: keeps it, for a call that goes on after a kill."""
+    """The best state of a model so far. file: stores it, for a call that resumes after a kill."""
 
     def __init__(self, pair: Pair, start: float, file: Path | None) -> None:
         self._measure: Callable[[], float] = pair.distance
@@ -277,7 +277,7 @@ class _Best:
         return {name: value.clone() for name, value in named_tensors(self._small).items()}
 
     def look(self, slack: float = 0.0) -> float:
-        """Keep the present state if it is better."""
+        """Store the present state if it is better."""
         distance = self._measure()
         if distance < self.distance or distance <= self.distance * (1 + slack):
             self._state, self.distance = self._present(), distance
@@ -286,13 +286,13 @@ class _Best:
         return distance
 
     def restore(self) -> None:
-        """The best state."""
+        """Load the best state into the model."""
         put_tensors_(self._small, self._state)
 
 
 @contextmanager
 def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None = None) -> Iterator[_Best]:
-    """One stage: the model keeps its best state, which may be the one before. slack: what rounding alone may add."""
+    """One stage: the model keeps its best state, possibly that before the stage. slack: tolerance for rounding."""
     before = pair.present()
     best = _Best(pair, before, file)
     try:
@@ -315,7 +315,7 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
 
 
 def _in_train(error: BaseException, model: nn.Module) -> bool:
-    """Whether a `train` of the user's own raised an error: the model works, and can do without training."""
+    """Whether the user's own `train` method raised an error: the model is usable without training."""
     step, inside = error.__traceback__, {id(module) for module in model.modules()}
     while step is not None:
         if step.tb_frame.f_code.co_name == "train" and id(step.tb_frame.f_locals.get("self")) in inside:

@@ -1,4 +1,4 @@
-"""Stages of `prune`: what was done, how long it took, what it changed, and how long the rest will take."""
+"""Stages of `prune`: their work, their duration, their effect, and an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. before, after: distance from the dense outputs on held-out batches; None where nothing is compared.
+    """One stage. before, after: distance to the dense outputs on held-out batches; None if nothing is compared.
 
-    note: what was done, and what was left out and why. measure: what the distance is, with its unit.
+    note: the work done, and the work left out with the reason. measure: name and unit of the distance.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Stage:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Stage:
-        """What `plain` gave."""
+        """The stage from the output of `plain`."""
         return cls(**{"note" if name == "text" else name: value for name, value in plain.items()})
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `done` of `total` parts after `seconds`. left: seconds that the rest of it will take."""
+    """Progress of a stage: `done` of `total` parts after `seconds`. left: estimated seconds for the rest of it."""
 
     stage: str
     done: int
@@ -62,7 +62,7 @@ class Progress:
 
     @property
     def left(self) -> float:
-        """An estimate from the parts that are done."""
+        """The estimate from the finished parts."""
         return self.seconds * (self.total - self.done) / self.done if self.done else float("nan")
 
     def __str__(self) -> str:
@@ -72,12 +72,12 @@ class Progress:
 OnStage = Callable[[Progress], None]
 """Called after each part of a stage; at the end of a stage `done` is `total`."""
 Tick = Callable[[int, int], None]
-"""Tells how many parts of how many are done."""
+"""Reports the number of finished parts and the total."""
 
 
 @dataclass
 class StageTimer:
-    """The stages so far, and the time that is left for the others. budget: in seconds, or None."""
+    """The stages so far, and the time left for the others. budget: in seconds, or None."""
 
     budget: float | None = None
     on_stage: OnStage | None = None
@@ -103,13 +103,13 @@ class StageTimer:
         return {"stages": [stage.plain() for stage in self.history[count:]]}
 
     def go_on(self, stages: Iterable[Mapping[str, Any]]) -> None:
-        """Stages of a killed call, as `recorded` gave them: they join the history, and count as time spent."""
+        """Add the stages of a killed call, from `recorded`, to the history; their time counts as spent."""
         for stage in map(Stage.read, stages):
             self.history.append(stage)
             self.start -= stage.seconds
 
     def skip(self, name: str, why: str) -> None:
-        """A stage that is left out."""
+        """Record a stage that is left out."""
         self.history.append(Stage(name, note=f"left out: {why}"))
         log.info("%s", self.history[-1])
 
@@ -127,18 +127,18 @@ class Running:
         self.entry = Stage(self.name)
 
     def tick(self, done: int, total: int) -> None:
-        """Tell how far the stage is."""
+        """Report the progress of the stage."""
         progress = Progress(self.name, done, total, since(self.start))
         log.debug("%s", progress)
         if self.timer.on_stage:
             self.timer.on_stage(progress)
 
     def note(self, text: str) -> None:
-        """Say what was done or left out."""
+        """Add a remark on work done or left out."""
         self.entry = replace(self.entry, note="; ".join(filter(None, [self.entry.note, text])))
 
     def compared(self, before: float | None, after: float | None, measure: str) -> None:
-        """Say what the stage changed."""
+        """Record the distance before and after the stage."""
         self.entry = replace(self.entry, before=before, after=after, measure=measure)
 
 

@@ -43,7 +43,7 @@ class WidthChoice:
         return [self.scope.levels(index) for index in range(len(self.scope.groups))]
 
     def counts(self, targets: Sequence[Target]) -> Counts:
-        """Units that go from each group, by a knapsack over some steps; what is left is spent by loss per cost."""
+        """Units removed from each group, by a knapsack over some steps; the rest of the budget is spent greedily."""
         ratio = self._ratio(targets)
         nothing = (0,) * len(self.levels)
         dense = ratio(nothing)
@@ -60,13 +60,13 @@ class WidthChoice:
         return self._spent(counts, ratio)
 
     def _ratio(self, targets: Sequence[Target]) -> Callable[[Counts], float]:
-        """What remains relative to the budget, of the target that is furthest from its own."""
+        """The remaining amount relative to the budget, for the target that is furthest from being met."""
         return lambda counts: max(over(self.candidates, target, counts) for target in targets)
 
     def filled(self, counts: Counts) -> tuple[Counts, str]:
-        """Counts that use more of the budget, and a remark, where widths for hardware leave much of it unused.
+        """Counts that use more of the budget, and a remark, if widths for hardware leave much of it unused.
 
-        A network with few groups has few widths: one group has finer steps then, of 4, 2 or 1 units.
+        A network with few groups has few such widths: one group then has finer steps, of 4, 2 or 1 units.
         """
         ratio = self._ratio(self.targets)
         before, finer = ratio(counts), dict[str, int]()
@@ -92,7 +92,7 @@ class WidthChoice:
                 yield (*counts[:index], count, *counts[index + 1 :]), index
 
     def _spent(self, counts: list[int], ratio: Callable[[Counts], float]) -> Counts:
-        """Give units back as long as the targets are met, those first that lose most for their cost."""
+        """Restore units as long as the targets are met, those with the largest loss per cost first."""
         closed = set[int]()
         while len(closed) < len(counts):
             at = ratio(tuple(counts))
@@ -115,7 +115,7 @@ class WidthChoice:
         return tuple(counts)
 
     def fast(self, latency: Latency) -> Counts:
-        """The largest share of multiply-adds whose measured time meets a latency, and all other targets."""
+        """The counts with the most multiply-adds whose measured time meets a latency, and all other targets."""
         others = [target for target in self.targets if target is not latency]
         nothing = (0,) * len(self.levels)
         probe = self.request.probe
@@ -139,13 +139,13 @@ class WidthChoice:
             share = (low + high) / 2 if best is not None or low else high / 2
         if best is None:
             fastest = min(seen, default=math.inf)
-            why = f"the fastest of {len(seen)} measured models takes {fastest:.3g} of what was asked"
+            why = f"the fastest of {len(seen)} measured models takes {fastest:.3g} times the requested latency"
             raise TargetMissed(f"{latency} cannot be met", why, "ask for a larger latency, or remove blocks (Depth())")
         return best
 
 
 def _some(levels: Sequence[int]) -> list[int]:
-    """At most `OPTIONS` of the steps, the last one among them."""
+    """At most `OPTIONS` of the steps, including the last one."""
     if len(levels) <= OPTIONS:
         return list(levels)
     return sorted({levels[round(k * (len(levels) - 1) / OPTIONS)] for k in range(OPTIONS + 1)})

@@ -1,4 +1,4 @@
-"""`run.json`, the record of a run: what it says is believed only if its folder, or its own digest, says the same."""
+"""`run.json`, the record of a run: it is trusted only if the digests in its folder, or its own digest, agree."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from prunella.io.manifest import check_files, read_manifest, read_sealed
 
 RECORD = "run.json"
 FORMAT = 2
-"""1 had no such number, and its recovery under another name."""
+"""Format 1 had no such number, and stored the recovery under another name."""
 
 
 def read_record(folder: Path) -> Fields | None:
     """The record of a folder, None if it has none.
 
-    Errors: BadInput for one that is not as it was written, or of a format that there is not.
+    Errors: BadInput for a changed record, or an unknown format.
     """
     file = folder / RECORD
     if not file.is_file():

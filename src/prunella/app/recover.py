@@ -23,12 +23,12 @@ from prunella.recovery.reconstruct import reconstruct
 from prunella.types import Loss
 
 Tick = Callable[..., None]
-"""Called after each part of a stage; whatever it is given is ignored, so that it fits any callback."""
+"""Called after each part of a stage; it accepts and ignores any arguments, so it fits every callback."""
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """What one step of recovery did. curve: the losses, where it trained."""
+    """The result of one step of recovery. curve: the losses of a training step."""
 
     step: RecoveryStep
     text: str
@@ -41,7 +41,7 @@ class Recovered:
 
     @classmethod
     def read(cls, step: RecoveryStep, plain: Mapping[str, Any]) -> Recovered:
-        """What `plain` gave."""
+        """The result from the output of `plain`."""
         curve = plain["curve"]
         return cls(step, plain["text"], curve and LossCurve(tuple(curve["loss"]), tuple(curve["lr"])))
 
@@ -49,9 +49,9 @@ class Recovered:
 def recover_(
     small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick, checkpoint: Path | None
 ) -> Recovered:
-    """Do one step in place. The job has been checked. checkpoint: the file that keeps a training; see `Training`.
+    """Do one step in place. The job has been checked. checkpoint: the file for the state of training; see `Training`.
 
-    Errors: BadInput instead of CheckFailed where the data holds NaN or infinity: it is not the step that failed.
+    Errors: BadInput instead of CheckFailed if the data holds NaN or infinity: the data is at fault, not the step.
     """
     try:
         return _recovered(small, dense, plan, job, step, tick, checkpoint)
@@ -91,7 +91,7 @@ def _train(
 
 
 def outputs_by(loss: Loss) -> Outputs:
-    """What the model returns for a batch, where `loss(model, batch)` is all that says how to run it."""
+    """The outputs of the model for a batch, captured from the call inside `loss(model, batch)`."""
 
     def outputs(model: nn.Module, batch: Any) -> Any:
         seen: list[Any] = []

@@ -1,7 +1,7 @@
-"""The whole job: plan, cut, recover, check, measure, and write the artefact and the report.
+"""The full job: plan, cut, recover, check, measure, and write the artifact and the report.
 
-The output is not written before every gate has been passed, and appears complete: artefact, report and record at once.
-A run that was killed goes on from its last finished stage, and within a training from the last minute; see `stages`.
+The output is written after every gate has passed, and appears atomically: artifact, report and record at once.
+A killed run resumes from its last finished stage, or from the last checkpoint of a training; see `stages`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ Stage = Callable[[str, int], AbstractContextManager[Tick]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `run` made. `before`, `cut` and `after`: quality of the dense, the cut and the recovered model.
+    """The result of `run`. `before`, `cut` and `after`: quality of the dense, the cut and the recovered model.
 
-    outputs: the first numbers that the model gives for the example, to check a stored copy by. missing: why there is no
-    `report.html`; empty if there is.
+    outputs: the first outputs for the example, to check a stored copy. missing: why there is no `report.html`; empty if
+    there is one.
     """
 
     plan: Plan
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def unseen(name: str, parts: int) -> AbstractContextManager[Tick]:
-    """A stage that nobody is shown."""
+    """A stage without display."""
     return nullcontext(lambda *_: None)
 
 
@@ -91,11 +91,11 @@ def run(
     overwrite: bool = False,
     stage: Stage = unseen,
 ) -> Outcome:
-    """Do the job and write `folder`: the artefact, `report.html` and `run.json`. `model` stays as it is.
+    """Do the job and write `folder`: the artifact, `report.html` and `run.json`. `model` does not change.
 
-    stage: shows what is being done. Raises RequestError before anything is done when the folder is taken or a part of
-    the job needs another, Locked while another run writes the folder; TargetMissed and CheckFailed when a target or a
-    gate is missed, and then writes nothing.
+    stage: displays the current stage. Errors: RequestError, before any work, if the folder exists or a part of the job
+    is missing; Locked while another run writes the folder; TargetMissed and CheckFailed if a target or a gate is
+    missed. Nothing is written after an error.
     """
     job.check()
     check_apart(folder, job.source)
@@ -107,7 +107,7 @@ def run(
 def _run(
     model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock, stages: Stages
 ) -> Outcome:
-    before = _quality(model, job, clock, "dense", stages)  # first: a metric that fails does so before the long work
+    before = _quality(model, job, clock, "dense", stages)  # first, so that a broken metric fails before the long work
     with clock.stage("planning"):
         planned = stages.plan(partial(_plan, model, inputs, job, stages), inputs)
     with clock.stage("cutting and comparing with the masked model"):
@@ -153,9 +153,9 @@ def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
 
 
 def _apart(model: nn.Module, small: nn.Module, job: Job, data: Iterable[Any]) -> float:
-    """The largest difference of outputs on the first batch of the data, which says more than noise does."""
+    """The largest difference of outputs on the first batch of the data, which is more meaningful than noise."""
     random = rng_state(data)
-    batch = next(iter(data))  # there is one, or the plan or the recovery would have said so
+    batch = next(iter(data))  # the plan or the recovery has read it
     restore_rng_(random, data)
     give = outputs_by(job.loss) if job.loss else forward
     batch = batch if job.loss else inputs_of(model, batch)
@@ -167,7 +167,7 @@ def _apart(model: nn.Module, small: nn.Module, job: Job, data: Iterable[Any]) ->
 
 
 def _rounds(model: nn.Module, inputs: Inputs, *, seconds: float = 20.0) -> int:
-    """As many rounds of both models as fit into the time: 10 at least, 40 at most."""
+    """The number of rounds of both models that fit into the time: between 10 and 40."""
     with mode(model, training=False), torch.no_grad():
         forward(model, inputs)
         start = now()
@@ -176,7 +176,7 @@ def _rounds(model: nn.Module, inputs: Inputs, *, seconds: float = 20.0) -> int:
 
 
 def _curve(recovered: Sequence[Recovered]) -> Curve | None:
-    """The losses of the last step that trained."""
+    """The losses of the last training step of recovery."""
     trained = [(item.step, item.curve) for item in recovered if item.curve is not None]
     if not trained:
         return None
@@ -190,7 +190,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> tuple[float, ...]:
 
 
 class _Clock:
-    """Shows the stages, and keeps the seconds of those that ended well."""
+    """Displays the stages, and stores the seconds of those that succeeded."""
 
     def __init__(self, show: Stage) -> None:
         self.seconds: dict[str, float] = {}
@@ -210,15 +210,15 @@ def _quality(model: nn.Module, job: Job, clock: _Clock, name: str, stages: Stage
     with clock.stage(f"evaluating the {name} model"):
         quality = stages.quality(name, partial(_evaluated, model, job, name))
     for key, value in quality.items():
-        # Of a pruned model NaN is a drop, and infinity is better than anything: no gate would hold it.
+        # NaN of a pruned model counts as a drop. Infinity would pass every gate.
         if value == math.inf or (name == "dense" and not math.isfinite(value)):
             why = f"{key} of the {name} model is {'NaN' if math.isnan(value) else value}"
-            raise BadInput("the metric is no number", why, "return a number for every model; higher is better")
+            raise BadInput("the metric is not finite", why, "return a number for every model; higher is better")
     return quality
 
 
 def _evaluated(model: nn.Module, job: Job, name: str) -> Quality:
-    """The quality. What a metric does to the dense model or to random generators is undone: planning comes after it."""
+    """The quality. Changes of the dense model or of random states by the metric are undone, since planning follows."""
     if name != "dense":
         return job.quality(model)
     random = rng_state(job.data)
@@ -268,7 +268,7 @@ def _recover_auto(
 
 
 def _check_names(before: Quality, after: Quality) -> None:
-    """Errors: RequestError where a metric names other numbers for the pruned model."""
+    """Errors: RequestError if a metric names other numbers for the pruned model."""
     if before.keys() != after.keys():
         why = f"{', '.join(before)} of the dense model, {', '.join(after)} of the pruned one"
         raise RequestError("metric= must name the same numbers for every model", why, "return all of them each time")
@@ -279,7 +279,7 @@ def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:
     if limit is None or not before:
         return
     name, dense = next(iter(before.items()))
-    if not dense - after[name] <= limit:  # so that a metric that is no number any more is refused too
+    if not dense - after[name] <= limit:  # the negation also refuses NaN
         why = (
             f"it fell from {dense:.4g} to {after[name]:.4g}, by {dense - after[name]:.4g}; max_drop= allows {limit:.4g}"
         )
@@ -287,7 +287,7 @@ def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:
 
 
 def _in_short(result: str) -> str:
-    """One line of what a step of recovery says, which may have a line for each layer."""
+    """The result of a step of recovery in one line; the full text may have a line per layer."""
     lines = result.splitlines()
     return f"{len(lines)} layers, the last one {lines[-1]}" if len(lines) > 1 else result
 

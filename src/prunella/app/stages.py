@@ -1,8 +1,8 @@
-"""The stages of a run that are done, in a folder: a killed run goes on from the last of them.
+"""The finished stages of a run, in a folder: a killed run resumes from the last of them.
 
-The folder has a journal, the plan, and the state of the model after each step of recovery; training keeps itself there
-too. That of `run` is hidden beside the output, as `.NAME.run`, and goes when the run has ended, well or with a verdict:
-a kill, Ctrl-C and a full disk leave it. That of `prune` is named by the caller, and stays.
+The folder holds a journal, the plan, the state of the model after each step of recovery, and checkpoints of training.
+The folder of `run` is hidden next to the output, as `.NAME.run`. It is removed when the run has succeeded or has failed
+with a verdict; a kill, Ctrl-C and a full disk leave it. The folder of `prune` is named by the caller and not removed.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from prunella.recovery.checkpoint import named_tensors, put_tensors_
 from prunella.types import Inputs
 
 FINISHED = "finished"
-"""The key of the record of a run whose output is about to get its name."""
+"""The key of the record written just before the output gets its final name."""
 _OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training|best)-\d+\.safetensors)")
 """Names in the folder of the stages; hidden ones are temporary."""
 _VERDICTS = (TargetMissed, CheckFailed, RequestError, NotSupported)
-"""After these the same call would say the same: nothing is kept for it."""
+"""Errors that the same call would raise again: its stages are removed."""
 
 
 class Stages:
-    """What is done, and what is to be recorded. Without a folder everything is done anew."""
+    """The finished stages, and the means to record more. Without a folder nothing is recorded or read."""
 
     def __init__(self, folder: Path | None, records: Records, data: Iterable[Any] | None) -> None:
         self._folder, self.records, self._data = folder, records, data
 
     def plan(self, make: Callable[[], Plan], inputs: Inputs, timer: StageTimer | None = None) -> Plan:
-        """The plan, made or read. timer: gets the entries of its history that belong to the plan."""
+        """The plan, computed or read. timer: receives the entries of its history that belong to the plan."""
         if self._folder is None:
             return make()
         file, timer = self._folder / "plan.safetensors", timer or StageTimer()
@@ -79,7 +79,7 @@ class Stages:
         make: Callable[[], Mapping[str, Any]],
         timer: StageTimer | None = None,
     ) -> Mapping[str, Any]:
-        """What a step of recovery says, and the model after it, computed or read; `make` works in place."""
+        """The result of a step of recovery, computed or read, with the model after it; `make` works in place."""
         if self._folder is None:
             return make()
         key, timer = f"recovery {number}", timer or StageTimer()
@@ -88,32 +88,32 @@ class Stages:
             state = load_state(file)
             put_tensors_(small, state["model"])
             self._go_on(key, timer)
-            told = dict(state["told"])
+            result = dict(state["told"])
         else:
             before = len(timer.history)
-            told = dict(make())
-            save_state({"told": told, "model": named_tensors(small)}, file)
+            result = dict(make())
+            save_state({"told": result, "model": named_tensors(small)}, file)
             self._record(key, file, timer.recorded(before))
         for unfinished in (self.checkpoint(number), self.best(number)):
             if unfinished is not None:
                 unfinished.unlink(missing_ok=True)
-        return told
+        return result
 
     def checkpoint(self, number: int) -> Path | None:
-        """Where the training of a step keeps itself."""
+        """The checkpoint file of a training step."""
         return None if self._folder is None else self._folder / f"training-{number:02d}.safetensors"
 
     def best(self, number: int) -> Path | None:
-        """Where the training of a step keeps the best state that it has passed."""
+        """The file for the best state of a training step so far."""
         return None if self._folder is None else self._folder / f"best-{number:02d}.safetensors"
 
     def finish(self, record: Path) -> None:
-        """The output is complete but for its name; `record` is the file in it that tells it from others."""
+        """Record that the output lacks only its final name; the file `record` in it identifies the output."""
         if self._folder is not None:
             self.records.add(FINISHED, {"record": digest(record)})
 
     def _is_done(self, key: str) -> bool:
-        """Whether a stage was recorded and its files are there. Errors: BadInput if one of them has changed."""
+        """Whether a stage was recorded and its files exist. Errors: BadInput if one of them has changed."""
         if self._folder is None or key not in self.records:
             return False
         what, todo = f"a stage in {self._folder} is damaged", f"remove {self._folder} to start again"
@@ -124,7 +124,7 @@ class Stages:
         return True
 
     def _record(self, key: str, file: Path | None, payload: Mapping[str, Any]) -> None:
-        """A stage is done: what it gave is on the disk, and where the random generators are."""
+        """Record a finished stage, with its result, the digest of its file and the random states."""
         if self._folder is None:
             return
         random = self._folder / f"random-{len(list(self.records)):02d}.safetensors"
@@ -133,7 +133,7 @@ class Stages:
         self.records.add(key, {**payload, "files": files, "random": random.name})
 
     def _go_on(self, key: str, timer: StageTimer | None = None) -> None:
-        """The random generators and the history are where they were after the stage."""
+        """Restore the random states and the history to those after the stage."""
         if self._folder is not None:
             restore_rng_(load_state(self._folder / self.records[key]["random"]), self._data)
         if timer is not None:
@@ -142,7 +142,7 @@ class Stages:
 
 @contextmanager
 def open_kept_stages(folder: Path | None, identify: Callable[[], Identity]) -> Iterator[Stages]:
-    """The stages of a call that keeps its work in a folder of the caller's; without a folder nothing is kept.
+    """The stages of a call with a folder of the caller; without a folder nothing is stored.
 
     Errors: those of `open_records`.
     """
@@ -154,16 +154,16 @@ def open_kept_stages(folder: Path | None, identify: Callable[[], Identity]) -> I
 
 @contextmanager
 def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, overwrite: bool) -> Iterator[Stages]:
-    """The stages of the run whose output is going to be `output`, which is locked.
+    """The stages of the run that will write `output`, which is locked.
 
-    Errors: RequestError, with what changed, where another run was not finished; those of `open_journal`.
+    Errors: RequestError if another run was not finished, with the differences; those of `open_journal`.
     """
     work = folder_of(output)
     clean_finished(output)
     check_free(output, overwrite=overwrite)
     try:
         identity = identity_of(model, inputs, job)
-    except NotSupported:  # data whose bytes cannot be read cannot be told from other data
+    except NotSupported:  # data without readable bytes has no identity
         yield Stages(None, Records(None, None), job.data)
         return
     with ExitStack() as stack:
@@ -184,13 +184,13 @@ def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, ove
 
 
 def folder_of(output: Path) -> Path:
-    """Where the stages of a run lie."""
+    """The folder of the stages of a run."""
     whole = output.absolute()
     return whole.with_name(f".{whole.name}.run")
 
 
 def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
-    """All that decides the result of a run, each part by its name."""
+    """Everything that determines the result of a run, each part by its name."""
     how = job.recovery
     asked: dict[str, object] = {"inputs": inputs, "recipe": job.recipe, "target": repr(job.target), "data": job.data}
     asked |= {"loss": job.loss, "recovery": " ".join(map(str, how.steps)), "recovery data": how.data, "lr": how.lr}
@@ -201,7 +201,7 @@ def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
 
 
 def clean_finished(output: Path) -> None:
-    """Remove what is left of a run that was killed when its output had its name already, or before its journal had."""
+    """Remove the stages of a run that was killed after its output got its name, or before its journal existed."""
     clean_up_after_kill(output)
     work = folder_of(output)
     if not work.is_dir():
@@ -214,7 +214,7 @@ def clean_finished(output: Path) -> None:
 
 
 def _check_ours(work: Path) -> None:
-    """RequestError for a folder of that name with something in it that no run wrote: it would go with the run."""
+    """Errors: RequestError if the folder holds files that no run wrote: they would be removed with it."""
     foreign = sorted(file.name for file in work.iterdir() if not _OURS.match(file.name))
     if foreign:
         why = f"it holds {foreign[0]}, which prunella did not write"

@@ -32,9 +32,9 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked. `equal`: relative difference to the masked dense model, None where it was not compared.
+    """The result of the checks. `equal`: relative difference to the masked dense model, None if not compared.
 
-    recovered: how the model was changed after the cut; it is then not expected to equal the masked one.
+    recovered: the steps of recovery after the cut; the model then need not equal the masked one.
     """
 
     folder: str
@@ -64,10 +64,10 @@ class Verified:
 
 
 def check_folder(folder: Path, *, factory: Factory | None = None) -> tuple[Verified, nn.Module | None]:
-    """Compare all digests and build the model. Without a `factory` a model that needs one is not rebuilt.
+    """Compare all digests and build the model. Without a `factory` a model that needs one is not built.
 
     A folder of `prunella llm` has no manifest: its record lists the files, and plain `from_pretrained` builds the
-    model. Raises BadInput for a file that is missing, changed or does not fit.
+    model. Errors: BadInput for a file that is missing, changed or does not fit.
     """
     if not (folder / MARKER).is_file() and (record := read_record(folder)) is not None and "files" in record:
         check_files(folder, record)
@@ -86,14 +86,14 @@ def check_folder(folder: Path, *, factory: Factory | None = None) -> tuple[Verif
 
 
 def plan_of(folder: Path) -> Plan:
-    """The plan that the folder keeps."""
+    """The plan stored in the folder."""
     return load_plan(folder / PLAN)
 
 
 def check_equal(verified: Verified, small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs) -> Verified:
     """Cut `dense` by the plan again (compared in float64 with the masked model) and compare with the stored model.
 
-    Raises CheckFailed when shapes differ, or when outputs differ although the model was not recovered.
+    Errors: CheckFailed if shapes differ, or if outputs differ although the model was not recovered.
     """
     if verified.recovered:
         _same_dense(Path(verified.folder), dense)
@@ -103,16 +103,18 @@ def check_equal(verified: Verified, small: nn.Module, dense: nn.Module, plan: Pl
         error = relative_error(outputs_of(expected, inputs), outputs_of(small, inputs))
     if error > TOLERANCE and not verified.recovered:
         why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
-        raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")
+        raise CheckFailed(
+            "the stored model is not the masked dense model", why, "check that MODEL is the dense model of this run"
+        )
     return replace(verified, equal=error)
 
 
 def _same_dense(folder: Path, dense: nn.Module) -> None:
-    """After a recovery only the digest in the record can tell another dense model."""
+    """Errors: CheckFailed for other weights; after a recovery only the digest in the record identifies them."""
     record = read_record(folder)
     if record is not None and "dense" in record and record.text("dense") != weights_digest(dense):
         todo = "give the weights that the run had, for example by --weights"
-        raise CheckFailed("MODEL is not the dense model of this run", "its weights are others", todo)
+        raise CheckFailed("MODEL is not the dense model of this run", "its weights differ", todo)
 
 
 def _same_shapes(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
@@ -120,9 +122,7 @@ def _same_shapes(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torc
         sizes = [tuple(state[name].shape) if name in state else "absent" for state in (expected, stored)]
         if sizes[0] != sizes[1]:
             why = f"{name} is {sizes[1]} in the folder and {sizes[0]} after cutting MODEL by the plan"
-            raise CheckFailed(
-                "the stored model is not what its plan makes of MODEL", why, "give the MODEL it was made of"
-            )
+            raise CheckFailed("the stored model is not MODEL cut by its plan", why, "give the dense model of this run")
 
 
 def _recovered(folder: Path) -> tuple[str, ...]:

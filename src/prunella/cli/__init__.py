@@ -1,4 +1,4 @@
-"""The command line: verbs of `prunella`, thin over the library. Torch is imported inside a verb, never for `--help`."""
+"""The command line: thin verbs over the library. Torch is imported inside a verb, never for `--help`."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from types import FrameType
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; always ends in `SystemExit` with the exit code of the documentation."""
+    """Run the command line; always raises `SystemExit`, with a documented exit code."""
     from prunella.cli.console import prepare_streams
 
     if arguments is None:
         arguments = sys.argv[1:]
         prepare_streams()
-        if not sys.warnoptions:  # warnings of other libraries are not the user's to read; python -W shows them
+        if not sys.warnoptions:  # warnings of other libraries do not help the user; python -W shows them
             warnings.simplefilter("ignore")
             for library in ("torchao", "torch.utils._pytree"):
                 logging.getLogger(library).setLevel(logging.ERROR)
         end_as_interrupted()
     words = list(arguments)
-    if "--debug" in words:  # wherever it stands
+    if "--debug" in words:  # at any position
         words = ["--debug", *(word for word in words if word != "--debug")]
     raise SystemExit(_run(words))
 
 
 def _run(words: list[str]) -> int:
-    """Do what the words say; the exit code."""
+    """Run the verb of this command line; returns the exit code."""
     from prunella.cli.app import help_of, parse_and_run
     from prunella.cli.console import reader_may_leave, report_error
 
@@ -49,7 +49,7 @@ def _run(words: list[str]) -> int:
 
 
 def end_as_interrupted() -> None:
-    """What asks the process to end (SIGTERM, and SIGHUP of a terminal that goes) ends it as Ctrl-C does."""
+    """Handle SIGTERM, and SIGHUP of a closed terminal, like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

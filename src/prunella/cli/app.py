@@ -1,4 +1,4 @@
-"""The application: which verbs there are, in the order of `prunella --help`."""
+"""The application: the verbs in the order of `prunella --help`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ for verb in (
 
 
 def parse_and_run(words: Sequence[str]) -> int:
-    """Parse the words and run the verb; the exit code. A line that cannot be parsed is told, as JSON if asked for."""
+    """Parse the words and run the verb; returns the exit code. Usage errors are reported, as JSON if requested."""
     group: Any = typer.main.get_command(app)
     try:
         with group.make_context("prunella", list(words)) as context:
@@ -89,7 +89,7 @@ _UsageError: type[Any] = typer.BadParameter.__base__  # type: ignore[assignment]
 
 
 def _shown(error: Any) -> str:
-    """What the parser says of a usage error: how the verb is used, and what is wrong."""
+    """The parser's text for a usage error: the usage of the verb, and the error."""
     text = io.StringIO()
     error.show(text)
     return text.getvalue().rstrip()

@@ -1,4 +1,4 @@
-"""Verbs about a folder that `run` wrote: is it complete and right, and where is its report."""
+"""Verbs about a folder that `run` wrote: `verify` checks it, `report` shows its report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Where the page is, and the numbers of the run."""
+    """Show the numbers of a run, and the path of its page."""
     from prunella.app.record import read_record
     from prunella.cli.run import run_text
     from prunella.errors import BadInput

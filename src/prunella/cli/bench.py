@@ -1,4 +1,4 @@
-"""The verb that times a model with every backend there is."""
+"""The verb that times a model with every available backend."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def bench(
     source: options.SourceOptions,
     factory: options.FactoryName = None,
     backends: Annotated[
-        str, typer.Option(help="By comma: eager, dense fast, compiled, onnxruntime, sparse.")
+        str, typer.Option(help="Comma-separated: eager, dense fast, compiled, onnxruntime, sparse.")
     ] = "eager,dense fast,compiled,onnxruntime,sparse",
-    batch: Annotated[str, typer.Option(help="Batch sizes by comma.")] = "1",
-    threads: Annotated[str, typer.Option(help="Numbers of threads by comma; `all` is every core.")] = "1,all",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, comma-separated; `all`: every core.")] = "1,all",
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the speed-ups as an SVG.")] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time MODEL in eager mode, compiled, in ONNX Runtime and skipping its zeros, side by side."""
+    """Time MODEL side by side: eager, compiled, in ONNX Runtime, and with the sparse kernels."""
     from prunella.app.backends import bench as measure
     from prunella.app.backends import plot as draw
     from prunella.cli.parse import check_new_file, open_source
@@ -53,7 +53,9 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = [str(cores) if part.strip() == "all" else part.strip() for part in text.split(",")]
     if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise RequestError(f"{option} {text!r} cannot be read", "whole numbers by comma are needed", f"{option} 1,8")
+        raise RequestError(
+            f"{option} {text!r} cannot be read", "whole numbers, comma-separated, are needed", f"{option} 1,8"
+        )
     return tuple(dict.fromkeys(map(int, parts)))
 
 

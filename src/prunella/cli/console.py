@@ -1,6 +1,6 @@
-"""Where a verb meets the terminal: results to stdout, progress and errors to stderr, errors to exit codes.
+"""Terminal output of the verbs: results to stdout, progress and errors to stderr, errors as exit codes.
 
-Whatever is written here passes `printable`: names and messages may come from files, and from code of the user.
+All output passes `printable`, because names and messages may come from files, and from code of the user.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def debugging() -> bool:
 
 @dataclass(frozen=True)
 class Trouble:
-    """An error as the user sees it."""
+    """An error in the form shown to the user."""
 
     what: str
     why: str
@@ -49,11 +49,11 @@ def _one_line(text: object) -> str:
 
 
 def explain_error(error: BaseException, options: Collection[str] = ()) -> Trouble:
-    """What to say of an error, and the exit code. options: the parameters of the verb, which the error may name."""
+    """The message for an error, and the exit code. options: the parameters of the verb, which the error may name."""
     if isinstance(error, PruningError):
         full = _resources_behind(error)
         if full is not None and error.exit_code != RESOURCES:
-            # The step that failed says what it was doing; that a disk or the memory is full is why.
+            # The failed step says what it was doing; the full disk or memory is the reason.
             return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
         what, why, todo = (_one_line(as_typed(text, options)) for text in (error.what, error.why, error.todo))
         theirs = _is_raised_by_user(error)
@@ -69,8 +69,8 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
         from prunella.model.user_code import user_error
 
         frames = _frames_of(error)
-        told = user_error(error, "your code failed" if frames else "the model failed on what it was given")
-        return Trouble(told.what, _one_line(told.why), told.todo, told.exit_code, frames)
+        typed = user_error(error, "your code failed" if frames else "the model failed on what it was given")
+        return Trouble(typed.what, _one_line(typed.why), typed.todo, typed.exit_code, frames)
     if isinstance(error, OSError):
         what = f"the system refuses {error.filename or 'a file'}"
         return explain_error(system_error(error, what, "check the path and its permissions"))
@@ -79,12 +79,12 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
 
 
 def _code_of(error: PruningError, theirs: bool) -> int:
-    """The exit code: what the user's own code raises misses no target and is no bug, whatever its type says."""
+    """The exit code; an error raised by the user's own code is neither a missed target nor a bug, whatever its type."""
     return error.exit_code if not theirs or error.exit_code in (MISUSE, RESOURCES, INTERRUPTED) else BAD_INPUT
 
 
 def _is_raised_by_user(error: BaseException) -> bool:
-    """Whether a line of the user raised an error, which may be of prunella's own types."""
+    """Whether a line of the user's code raised an error, possibly one of prunella's own types."""
     if "torch" not in sys.modules:
         return False
     from prunella.model.user_code import raised_in_user_file
@@ -93,7 +93,7 @@ def _is_raised_by_user(error: BaseException) -> bool:
 
 
 def _of_user(error: BaseException) -> bool:
-    """Whether code of the user raised the error. Without torch none of it has run yet."""
+    """Whether the user's code raised the error. If torch is not imported, no code of the user has run."""
     if "torch" not in sys.modules:
         return False
     from prunella.model.user_code import raised_by_user
@@ -114,9 +114,9 @@ _SHOWN_FRAMES = 8
 
 
 def _resources_behind(error: BaseException) -> OutOfResources | None:
-    """What was used up, if that is the cause of an error, or the cause of its cause."""
+    """The exhausted resource, if it is the cause of an error, or the cause of its cause."""
     causes = list[BaseException]()
-    while (cause := error.__cause__) is not None and cause not in causes:  # users can make a circle of causes
+    while (cause := error.__cause__) is not None and cause not in causes:  # causes can be circular
         if shortage := out_of_resources(cause):
             return shortage
         causes.append(cause)
@@ -125,7 +125,7 @@ def _resources_behind(error: BaseException) -> OutOfResources | None:
 
 
 def as_typed(text: str, options: Collection[str]) -> str:
-    """An error of the library in the words of the command line: `pass data=` is `pass --data` where a verb has it."""
+    """A message of the library in terms of the command line: `pass data=` becomes `pass --data` if the verb has it."""
     known = {name: name for name in options if name not in _ARGUMENTS or name in _SHOWN_ARGUMENTS}
     known |= {theirs: name for theirs, name in _OTHER_NAMES.items() if theirs not in options and name in options}
     names = "|".join(sorted(known, key=len, reverse=True))
@@ -137,16 +137,16 @@ def as_typed(text: str, options: Collection[str]) -> str:
 
 
 _ARGUMENTS = {"model", "file", "folder", "make", "name", "kind"}
-"""Parameters that are given by their place."""
+"""Parameters that are positional arguments of the command line."""
 _SHOWN_ARGUMENTS = {"model", "make"}
 _OTHER_NAMES = {"evaluate": "metric"}
-"""Parameters of the library, and the options that are called otherwise."""
+"""Parameters of the library -> options with another name."""
 _TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)|, \1)(?![\w-])")
-"""What the library says in both words, `overwrite=True (--overwrite)`, is needed once."""
+"""An option named twice, as in `overwrite=True (--overwrite)` of the library; it is shown once."""
 
 
 def _option(name: str, value: str) -> str:
-    """`--skip a --skip b` of `skip=['a', 'b']`, `--target macs=0.5` of `target=MACs(0.5)`."""
+    """`--skip a --skip b` for `skip=['a', 'b']`, `--target macs=0.5` for `target=MACs(0.5)`."""
     if name in _ARGUMENTS:
         return name.upper() if value in ("", "True") else f"{name.upper()} {value}"
     option = f"--{name.replace('_', '-')}"
@@ -162,7 +162,7 @@ def _option(name: str, value: str) -> str:
 
 
 def report_error(error: BaseException, options: Mapping[str, object]) -> int:
-    """Tell an error on stderr, and as JSON on stdout where that was asked for; the exit code."""
+    """Report an error on stderr, and as JSON on stdout if requested; returns the exit code."""
     trouble, as_json = explain_error(error, options), bool(options.get("as_json"))
     if debugging():
         _tell("".join(traceback.format_exception(error)).rstrip())
@@ -173,7 +173,7 @@ def report_error(error: BaseException, options: Mapping[str, object]) -> int:
 
 
 def report_usage(message: str, shown: str, *, as_json: bool) -> int:
-    """A command line that cannot be parsed: what the parser shows on stderr, and its message as JSON if asked for."""
+    """Report a usage error: the parser's text on stderr, and its message as JSON on stdout if requested."""
     _tell(shown)
     _print_trouble(Trouble(_one_line(message), "", "see --help", MISUSE), as_json=as_json)
     return MISUSE
@@ -185,12 +185,12 @@ def _print_trouble(trouble: Trouble, *, as_json: bool) -> None:
             data = {"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}
             print(json.dumps({**data, "frames": list(trouble.frames)} if trouble.frames else data))
         sys.stdout.flush()
-    except OSError:  # stdout itself is on the full disk, or nobody reads it: the code says it
+    except OSError:  # stdout is on the full disk, or closed: the exit code remains
         _drop(sys.stdout)
 
 
 def _tell(text: str) -> None:
-    """Write to stderr. Where nobody reads it any more the work goes on."""
+    """Write to stderr. If it is closed, the work continues."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:
@@ -198,14 +198,14 @@ def _tell(text: str) -> None:
 
 
 def _drop(stream: IO[str]) -> None:
-    """What is left to be written goes nowhere, so that Python has nothing to report at its end."""
+    """Discard buffered output, so that Python reports no error at its exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def prepare_streams() -> None:
-    """Give the process streams that can be written to: one may be closed, or unable to show some characters.
+    """Give the process writable streams: one may be closed, or unable to encode some characters.
 
-    Log records that no handler of the user takes are made printable too.
+    Log records without a handler of the user are made printable too.
     """
     for name in ("stdout", "stderr"):
         stream: Any = getattr(sys, name)
@@ -218,7 +218,7 @@ def prepare_streams() -> None:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """The message of a record, with nothing in it that a terminal would obey."""
+    """Formats the message of a record without control sequences for the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The text of a record, with its traceback if it has one."""
@@ -226,13 +226,13 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal that shows stdout; None where it is no terminal."""
+    """Columns of the terminal that shows stdout; None if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """A reader such as head or less that has seen enough is no error."""
+    """Inside, a reader that closes the pipe early, such as `head` or `less`, causes no error."""
     try:
         yield
     except BrokenPipeError:
@@ -240,7 +240,7 @@ def reader_may_leave() -> Iterator[None]:
 
 
 def guarded(function: Callable[P, None]) -> Callable[P, None]:
-    """A verb whose errors become a short message and an exit code, never a traceback."""
+    """The verb with errors turned into a short message and an exit code, never a traceback."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -261,7 +261,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
 def emit(value: Mapping[str, Any] | Sequence[Any], text: str, *, as_json: bool) -> None:
     """The result of a verb: JSON, or text for people."""
     if as_json:
-        from prunella.io.json import plain  # late, as everything that the parser does without
+        from prunella.io.json import plain  # lazy: the parser does not need it
 
         text = _NOT_SHOWN.sub(_json_escape, json.dumps(plain(value), indent=2, ensure_ascii=False))
     print(text if as_json else printable(text))
@@ -271,7 +271,7 @@ _NOT_SHOWN = re.compile("[^\n -~]")
 
 
 def _json_escape(match: re.Match[str]) -> str:
-    """A character as it is if it can be shown, else as JSON spells it in ASCII."""
+    """The character itself if it is printable, otherwise its JSON escape in ASCII."""
     character = match[0]
     if character.isprintable():
         return character
@@ -285,9 +285,9 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def stage(text: str, parts: int = 1) -> Iterator[Callable[..., None]]:
-    """A step that takes a while: a line with its seconds, and on a terminal a spinner or a bar while it runs.
+    """A long step: prints a line with its seconds, and on a terminal shows a spinner or a bar while it runs.
 
-    Gives what to call after each of its parts.
+    Yields the function to call after each of its parts.
     """
     start = now()
     with _shown(text, parts) as tick:
@@ -304,7 +304,7 @@ def _shown(text: str, parts: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     bar = (BarColumn(24), MofNCompleteColumn()) if parts > 1 else ()
-    shown = TextColumn("{task.description}", markup=False)  # [brackets] in the name of a file are no style
+    shown = TextColumn("{task.description}", markup=False)  # [brackets] in a file name are not markup
     columns = SpinnerColumn(), shown, *bar, TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(printable(text), total=parts)

@@ -35,9 +35,9 @@ def pareto(
     recipe: options.RecipeNames = None,
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
-    ratios: Annotated[str, typer.Option(help="Original / new, by comma.")] = "2,4,8,16,32",
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
-    unit: Annotated[str, typer.Option(help="What is divided: params, macs, bytes or sparsity.")] = "params",
+    ratios: Annotated[str, typer.Option(help="Original / new, comma-separated.")] = "2,4,8,16,32",
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0.")] = 3,
+    unit: Annotated[str, typer.Option(help="Unit of the ratios: params, macs, bytes or sparsity.")] = "params",
     data: options.Data = None,
     loss: options.LossName = None,
     recover: Annotated[
@@ -48,7 +48,7 @@ def pareto(
     output: options.Output = Path("pareto"),
     as_json: options.Json = False,
 ) -> None:
-    """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
+    """Quality against size: recipes and random and magnitude baselines, at several ratios and seeds; resumable."""
     from prunella.cli.parse import build_recipe
     from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment
     from prunella.experiments.pareto_experiment import pareto as run
@@ -71,7 +71,7 @@ def pareto(
 
 @dataclass(frozen=True)
 class Protocol:
-    """What all rows of a comparison share: what calibrates, and what evaluates."""
+    """The calibration and evaluation data that all rows of a comparison share."""
 
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text to calibrate with.", show_default=False)]
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="Other text, to evaluate on.", show_default=False)]
@@ -90,13 +90,13 @@ def compare(
     recipe: options.LLMRecipeNames = None,
     sparsity: options.LayerSparsity = None,
     pattern: options.Pattern = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0: each draws other windows of --data.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, from 0; each draws other windows of --data.")] = 3,
     output: options.Output = Path("compared"),
     as_json: options.Json = False,
 ) -> None:
     """Language models: recipes over seeds in one table, with perplexity, agreement with the dense model and seconds.
 
-    The dense model and a pruned one are in memory together. A comparison that was stopped goes on with the same line.
+    The dense model and one pruned model are in memory together. The same command resumes an interrupted comparison.
     """
     from prunella.io.space import check_apart, check_room_for_journal
 
@@ -112,7 +112,7 @@ def compare(
 def _compare(
     folder: Path, recipes: Mapping[str, OneShot], protocol: Protocol, seeds: int, output: Path
 ) -> tuple[Compared, str]:
-    """The table, and a sentence on how its numbers were made."""
+    """The table, and a sentence on how its numbers were measured."""
     from prunella import metrics
     from prunella.errors import RequestError
     from prunella.experiments import comparison
@@ -125,7 +125,9 @@ def _compare(
 
     if min(seeds, protocol.eval_samples) < 1:
         raise RequestError(
-            "there is nothing to compare", f"--seeds {seeds}, --eval-samples {protocol.eval_samples}", "1 is the least"
+            "there is nothing to compare",
+            f"--seeds {seeds}, --eval-samples {protocol.eval_samples}",
+            "the minimum is 1",
         )
     dense, tokens, window = load_model(str(folder)), text_tokens(folder, protocol.text), protocol.eval_seqlen
     count = min(protocol.eval_samples, len(tokens) // window)
@@ -147,13 +149,13 @@ def _compare(
         return model
 
     files = [digest(Path(file)).removeprefix("sha256:") for file in (protocol.data, protocol.text)]
-    twice = "; both are the same text, so that they flatter every method" if files[0] == files[1] else ""
+    twice = "; both are the same text, so the numbers of all methods are too good" if files[0] == files[1] else ""
     if twice:
-        note(f"{protocol.text} is the text that calibrates: numbers on it are too good, give another by --text")
-    asked = [asdict(protocol), files, {name: described(recipe) for name, recipe in recipes.items()}]
+        note(f"{protocol.text} is the calibration text: numbers on it are too good, give another text by --text")
+    settings = [asdict(protocol), files, {name: described(recipe) for name, recipe in recipes.items()}]
     methods = {name: partial(pruned, name) for name in recipes}
     measures: comparison.Measures = {"perplexity": perplexity, ("KL", "top-1"): agreement}
-    compared = comparison.compare(dense, methods, measures, seeds=range(seeds), folder=output, asked=asked)
+    compared = comparison.compare(dense, methods, measures, seeds=range(seeds), folder=output, asked=settings)
     return compared, (
         f"evaluated on {count} windows of {window} tokens of {protocol.text} without overlap, {len(few)} of them for "
         f"KL (in nats) and top-1; calibrated on {protocol.nsamples} windows of {protocol.seqlen} of {protocol.data}"
@@ -167,4 +169,6 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise RequestError(f"cannot read the ratios {text!r}", "numbers above 1, by comma", "--ratios 2,4,8") from None
+        raise RequestError(
+            f"cannot read the ratios {text!r}", "numbers above 1, comma-separated, are needed", "--ratios 2,4,8"
+        ) from None

@@ -1,4 +1,4 @@
-"""Verbs that only look: the machine, the methods, a model, a plan."""
+"""Verbs that only read: the machine, the methods, a model, a plan."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHOWN = 12
 def doctor(
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 4.0, as_json: options.Json = False
 ) -> None:
-    """What this machine has, and which kinds of sparsity are faster here (measured now)."""
+    """Show the hardware and software of this machine, and measure which kinds of sparsity are faster on it."""
     from prunella.app.doctor import checkup
 
     with stage("measuring"):
@@ -73,7 +73,7 @@ def methods(
     kind: Annotated[str | None, typer.Argument(help="Only this kind: criterion, allocation ...")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """All methods, with what they need and where they come from."""
+    """List all methods, with the data they need and their sources."""
     from prunella.registry import catalogue
 
     methods = catalogue.methods()
@@ -95,7 +95,7 @@ def explain(
     name: Annotated[str, typer.Argument(help="A name of `methods`, or a concept such as 2:4, lottery, gradual.")],
     as_json: options.Json = False,
 ) -> None:
-    """One method: what it computes, what it needs, its knobs and its source. Or a concept: the names to type for it."""
+    """Explain a method: formula, needed data, parameters and source. Or a concept: the names to type for it."""
     from prunella.errors import RequestError
     from prunella.registry import catalogue, concepts
 
@@ -142,7 +142,7 @@ def inspect(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Layers, parameters, MACs; which groups of units can be pruned, what each unit costs, what cannot and why."""
+    """Show layers, parameters and MACs; the groups that can be pruned, with costs; what cannot be pruned, and why."""
     from prunella.cli.parse import check_new_file, open_source
     from prunella.graph.solve.groups import couple
 
@@ -165,7 +165,7 @@ def inspect(
 
 
 def graph_data(graph: Graph) -> dict[str, Any]:
-    """What `inspect` says, as plain data."""
+    """The output of `inspect` as plain data."""
     from prunella.planning import coverage, reach
     from prunella.planning.diagnostics import frees, offer
     from prunella.planning.render import remarks_of
@@ -198,7 +198,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
 
 def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[str, Any]:
-    """A group, and what goes with one unit of it (its first)."""
+    """A group, and the slices that are removed with its first unit."""
     import torch
 
     keep = torch.ones(group.size, dtype=torch.bool)
@@ -240,7 +240,7 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
 
 
 def _units(group: dict[str, Any]) -> str:
-    """How many units there are, and of what their number stays a multiple."""
+    """The number of units, and the number of which it must remain a multiple."""
     return f"{group['units']}" + (f" (by {group['multiple']})" if group["multiple"] > 1 else "")
 
 
@@ -253,7 +253,7 @@ def _section(title: str, header: tuple[str, ...], rows: list[Any], limit: int | 
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE.plan", help="A plan.")], as_json: options.Json = False
 ) -> None:
-    """Print a plan: what is kept of each group, and what that gives."""
+    """Print a plan: the kept units of each group, and the resulting size."""
     from prunella.cli.parse import plan_data
     from prunella.io.plan_file import load_plan
 

@@ -25,7 +25,7 @@ _NSAMPLES, _SEQLEN = 128, 512
 
 @dataclass(frozen=True)
 class Text:
-    """What a language model is calibrated with. nsamples and seqlen are of a text file; batches have their own."""
+    """The calibration data of a language model. nsamples and seqlen apply to text files, not to given batches."""
 
     data: Annotated[
         list[str] | None,
@@ -53,7 +53,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Which weights go."""
+    """The weights to remove."""
 
     recipe: options.LLMRecipeName = "one_shot"
     sparsity: options.LayerSparsity = None
@@ -73,7 +73,7 @@ def llm(
 ) -> None:
     """Prune a language model in one shot, block by block, in the memory of one block; no training.
 
-    Plain from_pretrained reads the result. A run that was killed goes on when it is started again.
+    Plain from_pretrained reads the result. The same command resumes a killed run.
     """
     from prunella.io.space import check_apart, check_writable
     from prunella.llm.calibration import Split
@@ -87,7 +87,7 @@ def llm(
     with _joined() as speaks:
         folder, recipe, data = _read(model, zeros, text)
         if speaks:
-            note(f"{_named(data, text)}; a run that is killed goes on when it is started again")
+            note(f"{_named(data, text)}; the same command resumes a killed run")
         done = solve_folder(
             folder, output, recipe, data=Split(data, _held_out(folder, text)), memory=memory,
             skip=tuple(zeros.skip or ()), overwrite=overwrite,
@@ -98,7 +98,7 @@ def llm(
 
 
 def _forecast(model: str, zeros: Zeros, text: Text, memory: str | None, *, as_json: bool) -> None:
-    """Print what a run would take."""
+    """Print the memory and time that a run would take."""
     from prunella.llm.streaming import forecast
 
     folder, recipe, data = _read(model, zeros, text)
@@ -125,7 +125,7 @@ def _say(done: Streamed, *, as_json: bool) -> None:
 
 @contextmanager
 def _joined() -> Iterator[bool]:
-    """Under torchrun, with the other processes; whether this is the one that speaks."""
+    """Join the other processes under torchrun; yields whether this process prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield True
         return
@@ -139,7 +139,7 @@ def _joined() -> Iterator[bool]:
 
 
 def _told() -> Callable[[BlockStep], None]:
-    """A line for each block, with what is left by the mean of those that were solved."""
+    """Prints a line for each block, with the time left, estimated from the mean of the solved blocks."""
     seconds: list[float] = []
 
     def tell(step: BlockStep) -> None:
@@ -156,14 +156,14 @@ def _written(count: int, all_windows: int) -> None:
 
 
 def _named(data: Calibration | list[Any], text: Text) -> str:
-    """What calibrates, for the first line of a run."""
+    """The description of the calibration data for the first line of a run."""
     if isinstance(data, list):
         return f"{len(data)} batches"
     return f"{'' if text.data else 'no --data, so the model writes its own text: '}{data}"
 
 
 def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, Calibration | list[Any]]:
-    """The folder, the recipe, and the batches or the texts that they are drawn from."""
+    """The folder, the recipe, and the batches or the texts from which they are drawn."""
     from prunella.cli.parse import load_data
     from prunella.errors import RequestError
 
@@ -172,12 +172,12 @@ def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, Calibrat
         return folder, recipe, _calibration(text)
     if text.nsamples is not None or text.seqlen is not None:
         why = f"{text.data[0]} gives batches of its own"
-        raise RequestError("--nsamples and --seqlen cut a text", why, "leave them out, or give --data FILE.txt")
+        raise RequestError("--nsamples and --seqlen apply to a text", why, "leave them out, or give --data FILE.txt")
     return folder, recipe, list(load_data(text.data[0]) or ())
 
 
 def _held_out(folder: Path, text: Text) -> list[dict[str, Tensor]]:
-    """An eighth as many windows of the other text as calibrate."""
+    """Windows of the held-out text, an eighth of the number of calibration windows."""
     from prunella.llm.text import text_samples
 
     if text.held_out is None:
@@ -195,7 +195,7 @@ def _is_function(data: list[str] | None) -> TypeGuard[list[str]]:
 
 
 def _calibration(text: Text) -> Calibration:
-    """The texts with their shares, which all of them have or none."""
+    """The texts with their shares, which must be given for all texts or for none."""
     from prunella.errors import RequestError
     from prunella.llm.calibration import AUTO, Calibration
 
@@ -205,9 +205,9 @@ def _calibration(text: Text) -> Calibration:
         if name != AUTO and not Path(name).is_file():
             todo = "give --data FILE.txt, --data auto, or --data module:function alone"
             raise RequestError(f"there is no text file {name}", "", todo)
-    given = [share for share in shares.values() if share is not None]
-    if len(shares) < len(pairs) or len(given) not in (0, len(shares)):
-        why = "a text is there twice" if len(shares) < len(pairs) else "some texts have a share and others have none"
+    shares_given = [share for share in shares.values() if share is not None]
+    if len(shares) < len(pairs) or len(shares_given) not in (0, len(shares)):
+        why = "a text is given twice" if len(shares) < len(pairs) else "some texts have a share and others have none"
         raise RequestError("the texts cannot be mixed", why, "for example --data auto:0.5 --data c4.txt:0.5")
     nsamples = _NSAMPLES if text.nsamples is None else text.nsamples
     seqlen = _SEQLEN if text.seqlen is None else text.seqlen
@@ -216,7 +216,7 @@ def _calibration(text: Text) -> Calibration:
 
 
 def shared_source(text: str) -> tuple[str, float | None]:
-    """`c4.txt:0.5` as name and share, a name alone without one."""
+    """Split `c4.txt:0.5` into name and share; the share of a bare name is None."""
     name, colon, share = text.rpartition(":")
     if not colon or Path(text).is_file():
         return text, None
@@ -227,7 +227,7 @@ def shared_source(text: str) -> tuple[str, float | None]:
 
 
 def llm_recipe(name: str, pattern: str | None, sparsity: float | None) -> OneShot:
-    """A preset at what the command line asks for; half of the weights if it says nothing."""
+    """A preset with the sparsity of the command line; default: half of the weights."""
     from prunella.cli.parse import read_pattern
     from prunella.errors import RequestError, near_names
     from prunella.granularity import NM, Element

@@ -1,4 +1,4 @@
-"""Verbs that make something: a plan, a pruned model, a file in another format."""
+"""Verbs that write a result: a plan, a pruned model, a file in another format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def demo(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """`run` on a real pretrained network with real data, in about a minute: table, artefact, report.html."""
+    """Run the full job on a pretrained network with real data, in about a minute: table, artifact, report.html."""
     from typing import get_args
 
     from prunella.app.demo import Which, run_demo
@@ -47,7 +47,7 @@ def plan(
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
 ) -> None:
-    """Decide what to keep so that the target is met; the model is only read. -o writes the plan to a file."""
+    """Plan which units to keep so that the target is met; the model does not change. -o writes the plan to a file."""
     from prunella.cli import parse
     from prunella.io.plan_file import save_plan
     from prunella.planning.planner import plan as make_plan
@@ -82,12 +82,14 @@ def scan(
     source: options.SourceOptions,
     method: options.MethodOptions,
     metric: options.ScanMetricName = None,
-    ratios: Annotated[str, typer.Option(metavar="R", help="Fractions removed, by comma.")] = "0.1,0.25,0.5,0.75,0.9",
+    ratios: Annotated[
+        str, typer.Option(metavar="R", help="Fractions removed, comma-separated.")
+    ] = "0.1,0.25,0.5,0.75,0.9",
     program: options.Program = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
 ) -> None:
-    """Sensitivity: cut each group alone, for real, and evaluate. -o is a folder in which a killed scan goes on."""
+    """Measure sensitivity: cut each group alone and evaluate the model. A killed scan resumes from the folder -o."""
     from prunella.cli import parse
     from prunella.search import agreement, space
     from prunella.search import scan as measure
@@ -98,7 +100,7 @@ def scan(
     data, evaluate = parse.load_data(method.data), parse.load_function(metric, "metric")
     network, example = parse.open_source(source, seed=method.seed, program=program)
     judge = evaluate or agreement(network, [example] if data is None else data)
-    with stage("evaluating the dense model"):  # first, so that a metric that fails does so before the long work
+    with stage("evaluating the dense model"):  # first, so that a broken metric fails before the long work
         base = evaluated(network, judge, recipe.seed)
     with stage("coupling and scoring"):
         groups = space(
@@ -120,18 +122,22 @@ def import_(
     source: options.SourceOptions,
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="What was pruned: safetensors, or a folder of them.", show_default=False),
+        typer.Argument(
+            metavar="FILE", help="The pruned weights: a safetensors file, or a folder of them.", show_default=False
+        ),
     ],
-    masks: Annotated[str | None, typer.Option(metavar="FILE", help="Masks that are kept apart.")] = None,
-    key: Annotated[str, typer.Option(metavar="K", help="The entry of FILE with the weights: model_ema, say.")] = "",
+    masks: Annotated[str | None, typer.Option(metavar="FILE", help="Masks in a separate file.")] = None,
+    key: Annotated[str, typer.Option(metavar="K", help="The entry of FILE with the weights, such as model_ema.")] = "",
     importer: Annotated[
         str | None, typer.Option(metavar="I", help="An importer of `methods`; recognized if not given.")
     ] = None,
-    units: Annotated[bool, typer.Option("--units", help="Remove the units that are zero too, not only mask.")] = False,
+    units: Annotated[
+        bool, typer.Option("--units", help="Also remove units that are zero, instead of masking them.")
+    ] = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
 ) -> None:
-    """Turn what another tool pruned into a plan for the dense MODEL. -o writes the plan to a file."""
+    """Import the result of another pruning tool as a plan for the dense MODEL. -o writes the plan to a file."""
     from prunella.cli import parse
     from prunella.io.importers import import_plan
     from prunella.io.plan_file import save_plan
@@ -156,7 +162,7 @@ def export(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a model, or a folder of `run`, as FILE.safetensors, FILE.pt2 or FILE.onnx; read it again and compare."""
+    """Export a model, or a folder of `run`, to FILE.safetensors, FILE.pt2 or FILE.onnx; read it back and compare."""
     from prunella.cli.parse import check_new_file, open_source
     from prunella.io.export import export as write
 

@@ -1,4 +1,4 @@
-"""The arguments and options that verbs share, each declared once, and the groups in which verbs take them."""
+"""The arguments and options shared by several verbs, each declared once, and their groups."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OtherInputs = Annotated[
     typer.Option(
         "--other-inputs",
         metavar="SHAPE",
-        help="One more example, as --inputs (tensors by comma): proven too.",
+        help="One more example, as --inputs (tensors comma-separated); the cut is proven on it too.",
     ),
 ]
 Weights = Annotated[
@@ -41,9 +41,9 @@ Weights = Annotated[
     ),
 ]
 WeightsKey = Annotated[
-    str, typer.Option("--weights-key", metavar="K", help="The entry of FILE with the weights: model_ema, for example.")
+    str, typer.Option("--weights-key", metavar="K", help="The entry of FILE with the weights, such as model_ema.")
 ]
-AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
+AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Also read pickled weights (tensors only).")]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -67,7 +67,7 @@ TargetText = Annotated[
     typer.Option(
         "--target",
         metavar="T",
-        help="What remains: macs=0.5, params=2M, bytes=40MB, latency=0.6; or sparsity=0.9, sparsity=0.5,of=model.",
+        help="Budget to keep: macs=0.5, params=2M, bytes=40MB, latency=0.6; or sparsity=0.9, sparsity=0.5,of=model.",
     ),
 ]
 GranularityText = Annotated[
@@ -75,7 +75,7 @@ GranularityText = Annotated[
     typer.Option(
         "--granularity",
         metavar="G",
-        help="What is pruned: channel, head, width, expert, depth, element; several by comma.",
+        help="Units to prune: channel, head, width, expert, depth, element; comma-separated.",
     ),
 ]
 AllocationName = Annotated[
@@ -83,31 +83,31 @@ AllocationName = Annotated[
     typer.Option(
         "--allocation",
         metavar="A",
-        help="How layers share the budget: uniform, global, lamp, erk, ... Default: that of the recipe.",
+        help="Sparsity allocation over layers: uniform, global, lamp, erk, ... Default: that of the recipe.",
     ),
 ]
 MinDensity = Annotated[float | None, typer.Option("--min-density", help="Smallest fraction kept of every group.")]
-RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths stay multiples of it.")]
+RoundTo = Annotated[int | None, typer.Option("--round-to", help="Round channel widths to multiples of this number.")]
 EqualWidths = Annotated[
     bool | None,
     typer.Option(
-        "--equal-widths/--no-equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them."
+        "--equal-widths/--no-equal-widths", help="Keep equal groups equal, so that plain `from_pretrained` reads them."
     ),
 ]
 Remove = Annotated[
     list[str] | None,
-    typer.Option("--remove", metavar="LAYER=N,N", help="Channels of a layer that go: layer1.0.conv1=2,5,7."),
+    typer.Option("--remove", metavar="LAYER=N,N", help="Channels of a layer to remove: layer1.0.conv1=2,5,7."),
 ]
 Keep = Annotated[
     list[str] | None,
-    typer.Option("--keep", metavar="LAYER=N,N", help="The only channels of a layer that stay."),
+    typer.Option("--keep", metavar="LAYER=N,N", help="Channels of a layer to keep; all others are removed."),
 ]
 Ratio = Annotated[
     list[str] | None,
-    typer.Option("--ratio", metavar="LAYER=R", help="Fraction that goes of a layer or pattern: 'layer2.*=0.3'."),
+    typer.Option("--ratio", metavar="LAYER=R", help="Fraction of a layer or pattern to remove: 'layer2.*=0.3'."),
 ]
 Count = Annotated[
-    list[str] | None, typer.Option("--count", metavar="LAYER=N", help="Number of units that goes of a layer.")
+    list[str] | None, typer.Option("--count", metavar="LAYER=N", help="Number of units of a layer to remove.")
 ]
 ThresholdValue = Annotated[
     float | None,
@@ -128,19 +128,23 @@ MetricName = Annotated[
 ScanMetricName = Annotated[
     str | None,
     typer.Option(
-        "--metric", metavar="M:F", help="module:function of (model): a number; agreement on --data if not given."
+        "--metric",
+        metavar="M:F",
+        help="module:function of (model): a number. Default: agreement with the dense model on --data.",
     ),
 ]
 FactoryName = Annotated[
-    str | None, typer.Option("--factory", metavar="M:F", help="What made the dense model of a folder of `run`.")
+    str | None,
+    typer.Option("--factory", metavar="M:F", help="module:function that makes the dense model of a folder of `run`."),
 ]
 Program = Annotated[
-    bool, typer.Option("--program", help="Capture MODEL as a program: sizes typed into its source follow a cut too.")
+    bool,
+    typer.Option("--program", help="Capture MODEL as a program, so that literal sizes in its source follow a cut too."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
-OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same result.")]
+Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Path of the result.")]
+OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="PATH", help="Path of the result.")]
 
 
 # -- groups: a verb that takes one has all of its options -------------------------------------------------------------
@@ -148,7 +152,7 @@ OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Which model, with which weights, and what it takes."""
+    """The model, its weights, and its example inputs."""
 
     model: Model
     inputs: Inputs = None
@@ -159,7 +163,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """How units are scored, and which of them may go."""
+    """How units are scored, and which of them may be pruned."""
 
     recipe: RecipeName = None
     granularity: GranularityText = None
@@ -174,7 +178,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is pruned, and from which layers."""
+    """The target, and its constraints by layer."""
 
     target: TargetText = None
     allocation: AllocationName = None
@@ -189,25 +193,28 @@ class Budget:
 
 @dataclass(frozen=True)
 class RecoveryOptions:
-    """What is done to the pruned model before it is measured."""
+    """The recovery of the pruned model."""
 
     recover: Annotated[
-        str, typer.Option(metavar="R", help="bn, reconstruct, distill:STEPS, finetune:STEPS; by comma.")
+        str, typer.Option(metavar="R", help="bn, reconstruct, distill:STEPS, finetune:STEPS; comma-separated.")
     ] = ""
     recover_data: Annotated[
         str | None, typer.Option(metavar="M:F", help="Batches for distill and finetune, if not those of --data.")
     ] = None
     lr: Annotated[float, typer.Option(help="Learning rate of distill and finetune.")] = 1e-4
-    ridge: Annotated[float, typer.Option(help="Penalty of reconstruct: larger changes the weights less.")] = 1e-2
+    ridge: Annotated[
+        float, typer.Option(help="Ridge penalty of reconstruct; a larger one changes the weights less.")
+    ] = 1e-2
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How good a model is, and how much of that may be lost."""
+    """The metric of a model, and the largest drop allowed."""
 
     metric: MetricName = None
     max_drop: Annotated[
-        float | None, typer.Option(help="Write nothing if --metric, or its first number, falls by more.")
+        float | None,
+        typer.Option(help="Largest drop of --metric (of its first number); after a larger drop nothing is written."),
     ] = None
 
 
@@ -233,7 +240,7 @@ def _kinds(verb: Callable[..., None] | type) -> dict[str, Any]:
 
 
 def _options(given: inspect.Parameter, group: Any) -> list[inspect.Parameter]:
-    """The parameter itself, or one for each field of its group. Given by name alone: order is only that of the help."""
+    """The parameter itself, or one per field of its group. All are keyword-only; their order is that of the help."""
     if group is None:
         return [given.replace(kind=given.KEYWORD_ONLY)]
     kinds = _kinds(group)

@@ -1,4 +1,4 @@
-"""From the words of a command line to the objects of the library."""
+"""Objects of the library from the text of a command line."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def open_model(
     seed: int = 0,
     program: bool = False,
 ) -> tuple[nn.Module, Inputs]:
-    """The model, or the folder of a run, and an example that it really takes; as a program if asked."""
+    """The model, or the model of a run's folder, and an example that it accepts; as a program if requested."""
     folder = Path(spec)
     if (folder / MARKER).is_file() and weights is None:
         with stage(f"loading {spec}"):
-            model, example = _open_artefact(folder, shapes, factory=factory, seed=seed)
+            model, example = _open_artifact(folder, shapes, factory=factory, seed=seed)
     else:
         model, example = open_dense(
             spec, shapes, None, weights=weights, weights_key=weights_key, allow_pickle=allow_pickle, seed=seed
@@ -64,7 +64,7 @@ def open_model(
 def open_source(
     source: options.SourceOptions, *, factory: str | None = None, seed: int = 0, program: bool = False
 ) -> tuple[nn.Module, Inputs]:
-    """`open_model` of what the command line says."""
+    """`open_model` with the options of the command line."""
     return open_model(
         source.model, source.inputs, weights=source.weights, weights_key=source.weights_key,
         allow_pickle=source.allow_pickle, factory=factory, seed=seed, program=program,
@@ -74,7 +74,7 @@ def open_source(
 def with_others(
     network: nn.Module, spec: str, example: Inputs, shapes: Sequence[str] | None, *, seed: int = 0
 ) -> Inputs | Examples:
-    """The example, with one more for each of `shapes`, if there are any; the model really takes them."""
+    """The example, with a further one for each of `shapes`; the model accepts all of them."""
     others = [example_inputs(network, spec, [text], seed=seed + k) for k, text in enumerate(shapes or (), start=1)]
     for other in others:
         check_forward(network, other)
@@ -91,7 +91,7 @@ def open_dense(
     allow_pickle: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, Inputs]:
-    """The model, and an example: of the shapes if given, else `example`, else what the model says of itself."""
+    """The model, and an example: of the given shapes, or `example`, or by the model's own description."""
     with stage(f"loading {spec}"):
         model = load_model(spec, weights=weights, key=weights_key, allow_pickle=allow_pickle, tell=note)
         if shapes or example is None:
@@ -102,12 +102,12 @@ def open_dense(
     return model, example
 
 
-def _open_artefact(
+def _open_artifact(
     folder: Path, shapes: Sequence[str] | None, *, factory: str | None, seed: int
 ) -> tuple[nn.Module, Inputs]:
     origin = read_manifest(folder).mapping("origin")
     if factory is None and origin.get("kind") in ("factory", "unknown"):
-        why = f"it was made with {origin.get('name', 'a function')}; code that a file names is never imported"
+        why = f"it was made with {origin.get('name', 'a function')}; code named by a file is never imported"
         raise RequestError(f"{folder} needs what made its dense model", why, "give --factory module:function")
     model = load(folder, factory=factory)
     kept = load_plan(folder / PLAN).inputs if (folder / PLAN).is_file() else None
@@ -117,25 +117,23 @@ def _open_artefact(
 
 
 def factory_of(spec: str) -> str | None:
-    """What `save` and `load` take as the factory: MODEL itself, unless it is a file or a folder."""
+    """The factory for `save` and `load`: MODEL itself, unless it is a file or a folder."""
     return None if Path(spec).exists() or ":" not in spec else spec
 
 
 def check_new_file(
     file: Path | None, source: options.SourceOptions, *others: str | None, overwrite: bool = False
 ) -> None:
-    """Before any work: the file can be written, is nothing that is read, and is not replaced unasked."""
+    """Check, before any work, that the file is writable, is not an input, and is not overwritten by accident."""
     if file is None:
         return
     if file.exists() and not file.is_dir() and not overwrite:
-        raise RequestError(
-            f"{file} exists", "nothing is overwritten unasked", "choose another name, or give --overwrite"
-        )
+        raise RequestError(f"{file} exists", "existing files are kept", "choose another name, or give --overwrite")
     check_output_file(file, source.model, source.weights, *others)
 
 
 def check_journal_folder(folder: Path | None, source: options.SourceOptions) -> None:
-    """Before any work: a journal can be written there, apart from what is read."""
+    """Check, before any work, that a journal can be written in the folder, and that it is not an input."""
     if folder is not None:
         check_apart(folder, source.model, source.weights)
         check_room_for_journal(folder)
@@ -146,23 +144,27 @@ def read_ratios(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise RequestError(f"cannot read the ratios {text!r}", "numbers by comma", "for example 0.25,0.5") from None
+        raise RequestError(
+            f"cannot read the ratios {text!r}", "numbers, comma-separated, are needed", "for example 0.25,0.5"
+        ) from None
 
 
 def read_target(budget: options.Budget) -> Target | None:
-    """What `--target` or `--threshold` asks for; none is right for N:M alone, and `plan` says so otherwise.
+    """The target of `--target` or `--threshold`. Without either it is None, which only N:M accepts; `plan` checks that.
 
-    Errors: RequestError for both.
+    Errors: RequestError if both are given.
     """
     if budget.threshold is None:
         return None if budget.target is None else parse_target(budget.target)
     if budget.target is not None:
-        raise RequestError("both --target and --threshold", "a threshold decides how much goes", "give one of the two")
+        raise RequestError(
+            "both --target and --threshold", "a threshold determines the sparsity", "give one of the two"
+        )
     return Threshold(budget.threshold)
 
 
 def read_by_hand(budget: options.Budget) -> ByHand:
-    """What `--remove`, `--keep`, `--ratio` and `--count` say."""
+    """The values of `--remove`, `--keep`, `--ratio` and `--count`."""
     return ByHand(
         remove=_by_layer("--remove", budget.remove, _positions),
         keep=_by_layer("--keep", budget.keep, _positions),
@@ -184,7 +186,7 @@ def _by_layer(option: str, words: Sequence[str] | None, read: Callable[[str], An
         try:
             values[name] = read(text.strip())
         except ValueError:
-            raise RequestError(f"cannot read {option} {word!r}", f"{text!r} is no value for it", example) from None
+            raise RequestError(f"cannot read {option} {word!r}", f"{text!r} is not a value for it", example) from None
     return values
 
 
@@ -215,7 +217,7 @@ def build_recipe(
     """A recipe by name, or a criterion by name; the other options replace its parts."""
     if name in LLM_RECIPES:
         todo = f"`prunella llm MODEL --recipe {name}`"
-        raise RequestError(f"{name} is no recipe for a plan", "it prunes language models block by block", todo)
+        raise RequestError(f"{name} is not a recipe for a plan", "it prunes language models block by block", todo)
     method = catalogue.lookup(name)
     if method.kind == "recipe":
         recipe = call_user(method.function, f"the recipe {name}")
@@ -224,7 +226,7 @@ def build_recipe(
         recipe = Recipe(criterion=method.function)
     else:
         todo = "`prunella methods criterion` and `prunella methods recipe` list what fits"
-        raise RequestError(f"{name} is no recipe", f"it is of the kind {method.kind}", todo)
+        raise RequestError(f"{name} is not a recipe", f"it is of the kind {method.kind}", todo)
     if granularity and pattern:
         raise RequestError("both --granularity and --pattern", "a pattern is a granularity", "give one of the two")
     if granularity or pattern:
@@ -235,18 +237,18 @@ def build_recipe(
 
 
 def is_auto(method: options.MethodOptions, budget: options.Budget, recover: options.RecoveryOptions) -> bool:
-    """Whether `run` chooses the method: if asked to, or if there is data and nothing else is said about the method.
+    """Whether `run` chooses the method: with `--recipe auto`, or with data and no other option of the method.
 
-    Errors: RequestError if something is said about the method beside `--recipe auto`.
+    Errors: RequestError if `--recipe auto` is combined with other options of the method.
     """
-    said = {
+    options_given = {
         "--granularity": method.granularity, "--allocation": budget.allocation, "--pattern": budget.pattern,
         "--min-density": method.min_density is not None, "--round-to": method.round_to is not None,
         "--equal-widths": budget.equal_widths, "--recover": recover.recover, "--remove": budget.remove,
         "--keep": budget.keep, "--ratio": budget.ratio, "--count": budget.count,
         "--threshold": budget.threshold is not None,
     }  # fmt: skip
-    names = [name for name, value in said.items() if value]
+    names = [name for name, value in options_given.items() if value]
     if method.recipe == "auto" and names:
         raise RequestError(
             f"--recipe auto does not go with {names[0]}", "it chooses that itself", "leave one of them out"
@@ -255,7 +257,7 @@ def is_auto(method: options.MethodOptions, budget: options.Budget, recover: opti
 
 
 def recipe_of(method: options.MethodOptions, budget: options.Budget = _NO_BUDGET) -> Recipe:
-    """The recipe that is named, with what else the command line says in place of its own parts and numbers."""
+    """The named recipe, with parts and numbers replaced by the other options of the command line."""
     recipe = build_recipe(
         method.recipe or "magnitude",
         granularity=method.granularity,
@@ -299,7 +301,7 @@ def read_pattern(text: str) -> Any:
 
 
 def load_data(spec: str | None) -> Iterable[Any] | None:
-    """The batches that `module:function` returns, or `module:name` is."""
+    """The batches returned by `module:function`, or stored in `module:name`."""
     if spec is None:
         return None
     named = load_object(spec, "data", files=True)
@@ -317,7 +319,7 @@ def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
     function = load_object(spec, what, files=True)
     if not callable(function):
         raise RequestError(
-            f"{spec} is no function", f"it is a {type(function).__name__}", f"give --{what} module:function"
+            f"{spec} is not a function", f"it is a {type(function).__name__}", f"give --{what} module:function"
         )
     return as_user_function(function, f"the {what} {spec}")
 

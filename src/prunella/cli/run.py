@@ -1,4 +1,4 @@
-"""The verb that does the whole job on a network with a plan."""
+"""The verb that does the full job on a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Plan, cut, recover, check, measure; write the smaller model and report.html to a folder."""
+    """Plan, cut, recover, check and measure; write the smaller model and report.html to a folder."""
     from prunella.app.run import run as do
     from prunella.app.run import summary
     from prunella.app.stages import clean_finished
@@ -76,14 +76,14 @@ def _job(
 
 
 def _named(word: str) -> str:
-    """A word of the command line for the record: of an absolute path the last name, since folders name people."""
+    """A word of the command line for the record; of an absolute path only the last name, since folders name people."""
     option, mark, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
     path = Path(value).expanduser()
     return f"{option}{mark}{path.name if path.is_absolute() else without_folders(value)}"
 
 
 def run_text(result: dict[str, Any], folder: Path) -> str:
-    """The outcome of `run` for people; a demo of version 0.1 has a verdict in place of a text."""
+    """The outcome of `run` as text; a demo of version 0.1 has a verdict instead of a text."""
     text = result.get("text", result.get("verdict", ""))
     reader = f"read it with {result['reader']}; " if "reader" in result else ""
     page = result.get("missing") or f"look at {folder / 'report.html'}"

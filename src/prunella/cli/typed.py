@@ -1,4 +1,4 @@
-"""What to type on the command line for a name of Python, where there is something."""
+"""The command line options that correspond to Python names."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _PATTERNS = {"NM": "2:4", "Block": "16x16"}
 
 
 def typed(names: Iterable[str]) -> list[str]:
-    """`--recipe wanda` for `pr.criteria.wanda`, `--pattern 2:4` for `pr.NM(2, 4)`; each once, nothing for the rest."""
+    """`--recipe wanda` for `pr.criteria.wanda`, `--pattern 2:4` for `pr.NM(2, 4)`; each once, none for other names."""
     catalogue.load_all()
     return list(dict.fromkeys(line for name in names if (line := _line(name))))
 
 
 def _line(name: str) -> str:
-    path, _, given = name.partition("(")
+    path, _, arguments = name.partition("(")
     called = path.rpartition(".")[2]
     if called.endswith("="):
         option = _OTHER_OPTIONS.get(called[:-1], called[:-1])
         return f"--{option.replace('_', '-')}" if option in _OPTIONS else ""
     if called in _PATTERNS:
-        numbers = re.findall(r"\d+", given)
+        numbers = re.findall(r"\d+", arguments)
         separator = ":" if called == "NM" else "x"
         return f"--pattern {separator.join(numbers) if len(numbers) == 2 else _PATTERNS[called]}"
     if called == "Threshold":

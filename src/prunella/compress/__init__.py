@@ -1,4 +1,4 @@
-"""Compression beside pruning: quantization, weight sharing, lossless codes, storage formats, low rank."""
+"""Compression other than pruning: quantization, weight sharing, lossless codes, storage formats, low rank."""
 
 from typing import TYPE_CHECKING
 

@@ -79,6 +79,7 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
     symbols: whole numbers from 0 to `2^symbol_bits - 1`, any shape. symbol_bits: 1 to 16.
 
     Data: none.
+    Errors: RequestError for symbols that do not fit.
 
     Use: storing or sending shared or quantized weights, whose values are far from uniform. Avoid: running the model
     from the codes: they cannot be read out of order.
@@ -108,7 +109,7 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are no codes of the book."""
+    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are not codes of the book."""
     by_code = {(encoded.lengths[s], code): s for s, code in canonical_codes(encoded.lengths).items()}
     longest = max(encoded.lengths.values(), default=0)
     symbols: list[int] = []
@@ -122,7 +123,7 @@ def decode(encoded: Encoded) -> Tensor:
             symbols.append(symbol)
             code = length = 0
         elif length >= longest:
-            raise BadInput("the bytes are no Huffman code of this book", "a code has no symbol", "encode them again")
+            raise BadInput("the bytes are not a Huffman code of this book", "a code has no symbol", "encode them again")
     if len(symbols) != encoded.count:
         raise BadInput(
             "the Huffman code is cut short", f"it has {len(symbols)} of {encoded.count} symbols", "copy it again"
@@ -150,6 +151,7 @@ def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
     mask: bool, True is kept. bits: 1 to 16; Deep Compression has 8 for convolutions and 5 for linear layers.
 
     Data: none.
+    Errors: RequestError for bits out of range.
 
     Use: storage above about 70 % sparsity. Avoid: regular patterns, whose positions need fewer bits.
     """

@@ -1,4 +1,4 @@
-"""Int8 weights in memory by torchao, with a check that zeros stay zeros."""
+"""Int8 weights in memory by torchao, with a check that zeros are preserved."""
 
 from __future__ import annotations
 

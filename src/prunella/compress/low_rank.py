@@ -56,6 +56,7 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
     energy: in (0, 1].
 
     Data: none.
+    Errors: RequestError for a rank or an energy out of range.
 
     Use: layers whose singular values fall fast. Avoid: sparse weights: the factors are dense.
     """
@@ -175,7 +176,7 @@ def rebuild_(model: nn.Module, ranks: Mapping[str, Any]) -> None:
     """Factor the layers that a manifest names, without values. `BadInput` if they do not fit."""
     for name, rank in ranks.items():
         if not isinstance(rank, int):
-            raise BadInput("the manifest is broken", f"the rank of {name!r} is no whole number")
+            raise BadInput("the manifest is broken", f"the rank of {name!r} is not a whole number")
         replace_(model, name, rank)
 
 

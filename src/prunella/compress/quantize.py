@@ -1,4 +1,4 @@
-"""Integers for weights, so that zero stays zero: what pruning left out is left out of the quantized model too."""
+"""Integer weights with an exact zero: pruned weights remain zero in the quantized model."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantized:
     """Round a weight to whole numbers, symmetrically, with one scale for each position on its first axis.
 
     `q = round(w / s)` with `s = max |w| / (2^(bits - 1) - 1)` over the row: 0 becomes exactly 0, the largest weight of
-    a row is met exactly, the error is at most `s / 2`. A row of zeros gets the scale 1. N:M patterns, blocks and masks
-    survive, since zeros do; small weights may become zeros of their own.
+    a row is represented exactly, the error is at most `s / 2`. A row of zeros gets the scale 1. N:M patterns, blocks
+    and masks are preserved, since zeros are; small weights may be rounded to further zeros.
 
     weight: at least one axis. bits: 2 to 8.
 
     Data: none.
+    Errors: RequestError for bits out of range, or a weight that is not finite.
 
     Use: for weights of linear layers and convolutions, after pruning. Avoid: below 4 bits without training
     (`quantization_aware`).
@@ -82,18 +83,18 @@ class Rounded:
 
 @compression(source="Han et al. 2016, arXiv:1510.00149; Krishnamoorthi 2018, arXiv:1806.08342")
 def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*",)) -> tuple[Rounded, ...]:
-    """Replace the weights by the values that their codes stand for, in place, and say what it cost.
+    """Replace the weights by their quantized values, in place, and return the rounding errors.
 
-    Simulated quantization: every parameter with at least two axes is rounded as `quantize_weight` does. Types, shapes
-    and names stay, so that accuracy can be measured, masks stay in force and the model is saved as any other; it is not
-    smaller in memory. For integers in memory there is `to_int8_`.
+    Simulated quantization: every parameter with at least two axes is rounded as by `quantize_weight`. Types, shapes and
+    names do not change, so that accuracy can be measured, masks remain in force and the model is saved as usual; it is
+    not smaller in memory. `to_int8_` stores integers.
 
     bits: 2 to 8. only: patterns of parameter names.
 
     Data: none.
 
-    Use: to see what quantization costs a pruned model, and as the last step after `quantization_aware`. Avoid: when it
-    must be smaller or faster here and now.
+    Use: measuring the effect of quantization on a pruned model, and as the last step after `quantization_aware`. Avoid:
+    a smaller or faster model: take `to_int8_`.
     """
     done = []
     with torch.no_grad():
@@ -106,18 +107,19 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
 
 @compression(source="Jacob et al. 2018, arXiv:1712.05877; Bengio et al. 2013, arXiv:1308.3432 (straight-through)")
 def quantization_aware(loss: Loss, *, bits: int = 8, only: Sequence[str] = ("*",)) -> Loss:
-    """A loss that sees the model with rounded weights, while the optimizer moves the weights behind them.
+    """A loss of the model with rounded weights, while the optimizer updates the weights before rounding.
 
-    `L(Q(w))` with `Q` of `quantize_weight`; the gradient passes the rounding as if it were not there. Nothing is
-    replaced: parameters, names and masks are those of the model, so that `finetune` and `Pruner` work as ever, masked
-    weights stay 0, and `Q(0) = 0`. `round_weights_` at the end gives the function that was trained.
+    `L(Q(w))` with `Q` of `quantize_weight`; the gradient passes the rounding unchanged (straight-through). Parameters,
+    names and masks are those of the model, so that `finetune` and `Pruner` work as usual, masked weights remain 0, and
+    `Q(0) = 0`. `round_weights_` at the end gives the trained function.
 
     loss: of (model, batch). bits: 2 to 8. only: patterns of parameter names; weights with at least two axes are
     rounded.
 
     Data: what the loss needs.
+    Errors: RequestError for bits out of range.
 
-    Use: when rounding alone loses too much, at 4 bits and below. Avoid: at 8 bits, where it rarely pays for the
+    Use: when rounding alone loses too much, at 4 bits and below. Avoid: at 8 bits, where it is rarely worth the
     training.
     """
     if not 2 <= bits <= 8:
@@ -168,7 +170,7 @@ def _straight_through(parameter: nn.Parameter, bits: int) -> Tensor:
 
 @contextmanager
 def _replaced(model: nn.Module, values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Modules read these tensors in place of their parameters, and get the parameters back."""
+    """Inside, modules read these tensors in place of their parameters."""
     owners = [
         (m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None and p in values
     ]

@@ -76,6 +76,7 @@ def stored_bytes(weight: Tensor, form: StorageFormat) -> int:
     bitmask `k b + n / 8`, 2:4 `n b / 2 + n / 8`. In float32 CSR is smaller than dense below half density, and a bitmask
     costs 1/32 of the dense bytes. 2:4 takes .53125 of dense in float32, .5625 in float16 and .625 in int8.
     The number says nothing about speed. BSR counts whole blocks of 4x4.
+    form: the storage format.
 
     Use: estimating the size of a file. Avoid: predicting speed: `prunella doctor` measures it.
     """
@@ -197,7 +198,7 @@ def _from_csr(stored: Stored) -> Tensor:
 def _from_bsr(stored: Stored) -> Tensor:
     values = _part(stored, "values")
     if values.dim() != 3 or tuple(values.shape[1:]) != (BLOCK, BLOCK):
-        raise BadInput(f"values of a weight in bsr are no blocks of {BLOCK}x{BLOCK}", f"shape {tuple(values.shape)}")
+        raise BadInput(f"values of a weight in bsr are not blocks of {BLOCK}x{BLOCK}", f"shape {tuple(values.shape)}")
     rows, columns = _matrix_shape(stored.shape)
     tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
     starts, cols = _part(stored, "starts", tall + 1), _part(stored, "cols", len(values))
@@ -217,7 +218,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 def _checked(stored: Stored, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dense matrix of what `make` builds of the values. Torch checks that indices are inside and rise."""
+    """The dense matrix of the sparse tensor that `make` builds. Torch checks that indices are inside and ascending."""
     values = _part(stored, "values").contiguous()
     try:
         return _quiet(lambda: make(values.view(_BITS[values.element_size()]))).to_dense().view(stored.dtype)
@@ -251,7 +252,7 @@ def _from_two_of_four(stored: Stored) -> Tensor:
     bits = torch.from_numpy(_bits(stored, groups * 4)).long().reshape(groups, 2, 2)
     places = bits[..., 0] * 2 + bits[..., 1]
     if bool((places[:, 0] >= places[:, 1]).any()):
-        raise BadInput("a weight in 2:4 names a place twice", "the two places of a group rise")
+        raise BadInput("a weight in 2:4 names a position twice", "the two positions of a group ascend")
     matrix.view(-1, 4).scatter_(1, places, _part(stored, "values", groups * 2).reshape(groups, 2))
     return matrix
 

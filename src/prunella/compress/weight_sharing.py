@@ -55,6 +55,7 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: CentroidInit = Centroi
     start.
 
     Data: none.
+    Errors: RequestError for bits out of range.
 
     Use: storing a pruned network in few bits, with `huffman`. Avoid: speed: every value needs a look-up; integers
     (`quantize_weight`) multiply faster.
@@ -139,13 +140,14 @@ def deep_compression_(
 ) -> DeepCompression:
     """Share the weights of a pruned model in place, and store them as Huffman codes of values and of gaps.
 
-    Every parameter with at least two axes gets at most `2^bits` values beside zero (`share_weight`). The positions of
+    Every parameter with at least two axes gets at most `2^bits` non-zero values (`share_weight`). The positions of
     its non-zeros are gaps of `gap_bits` bits (`relative_index`), and `huffman` encodes both. `layer.weight()` decodes
     exactly the weight of the model. The size counts codes, code books, books of values, and all other parameters.
 
     bits: 1 to 8. gap_bits: 1 to 16. start, seed: of k-means. only: patterns of parameter names.
 
     Data: none.
+    Errors: RequestError if `only` matches no weight.
 
     Use: sending a network over a slow line, at 80 % sparsity and more. Avoid: saving memory at run time: the network
     must be decoded first.

@@ -72,23 +72,24 @@ def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
     that never varies scores 0 at any size, since `fold_means` folds it into the bias without error.
     Data: forward passes only. A convolution takes the variance of a channel over samples and pixels.
 
-    Use: units and heads without training, followed by `fold_means`. Avoid: pruning without `fold_means`, where the loss
-    of a large constant input does harm.
+    Use: units and heads without training, followed by `fold_means`. Avoid: pruning without `fold_means`, which removes
+    large constant inputs without compensation.
     """
     return input_var * weight.square()
 
 
 @criterion(source="Hassibi and Stork 1993, Optimal Brain Surgeon; Kurtic et al. 2023, arXiv:2302.04089 (ZipLM)")
 def obs_units(unit_loss: UnitLoss, *, ridge: float = 1e-3) -> Scores:
-    """Error of the layers that read a unit when it goes and their other weights make up for it (structured OBS).
+    """Error of the layers that read a unit after its removal, with an optimal update of their other weights (OBS).
 
-    Again and again the unit c with the smallest `tr(W_c ([H^-1]_cc)^-1 W_c^T)` goes, and the other columns of W take
-    over its part; `H = X^T X + ridge * mean(diag X^T X) I` over all tokens. A unit scores the squared error of the
-    outputs when it and all units before it are gone, relative to the outputs. Inputs are centered where a bias or a
-    batch normalization takes the constant. `reconstruct` computes the weights that go with the cut.
+    In each step the unit c with the smallest `tr(W_c ([H^-1]_cc)^-1 W_c^T)` is eliminated, and the other columns of W
+    are updated; `H = X^T X + ridge * mean(diag X^T X) I` over all tokens. The score of a unit is the relative squared
+    error of the outputs without it and all units before it. Inputs are centered if a bias or a batch normalization
+    absorbs the constant. `reconstruct` computes the matching weights after the cut.
     Data: forward passes only, a few times more tokens (pixels) than a layer has inputs. ridge: above 0.
+    Errors: RequestError for a ridge that is not positive.
 
-    Use: channels, neurons and heads with `reconstruct`, and `prunella.search.measured` for how many of each group.
+    Use: channels, neurons and heads with `reconstruct`, and `prunella.search.measured` for the number of each group.
     Avoid: without `reconstruct`: the scores assume its weights.
     """
     if not ridge > 0:

@@ -72,6 +72,7 @@ def compare(
     folder: of a journal with one record for each number; a stopped comparison is resumed. A changed method or measure
     runs again. asked: all other values on which they depend; the folder is refused for another value, and for another
     dense model. Errors: RequestError for an empty or repeated name.
+    seeds: the seeds of every method, each once.
     """
     groups = {(key,) if isinstance(key, str) else key: measure for key, measure in measures.items()}
     names = [name for group in groups for name in group]

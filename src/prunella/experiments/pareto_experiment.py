@@ -1,6 +1,6 @@
 """Pareto experiments: methods and baselines compared over ratios and seeds, in several processes, resumable.
 
-Every cell (method, ratio, seed) is one record in the journal of the folder, under the identity of all that decides it.
+Every cell (method, ratio, seed) is one record in the journal of the folder, under the identity of its settings.
 A killed experiment resumes from the journal, and a larger one reuses its cells.
 """
 
@@ -64,7 +64,7 @@ class ParetoExperiment:
     inputs: an example batch, or a function that returns it. recipes: name -> recipe; the baselines are added.
     data, loss: for criteria that need them: batches, or a function that returns them, and a function of (model, batch).
     recover: (pruned model, plan, seed) -> recovered model, or None when it works in place; masks stay in force.
-    skip: patterns of what is never pruned.
+    skip: patterns of layers that are never pruned.
     """
 
     make: Callable[[int], nn.Module] | str
@@ -101,7 +101,7 @@ class _Task:
     seed: int
 
     def identity(self, experiment: Identity) -> Identity:
-        """All that decides the cell; `experiment` is the identity that all cells of its seed share."""
+        """Everything that determines the cell; `experiment` is the identity shared by all cells of its seed."""
         return experiment.plus({"recipe": self.recipe, "target": repr(self.target), "seed": self.seed})
 
 
@@ -126,6 +126,7 @@ def pareto(
     resumed. Cells with changed functions run again. Changes in code that these functions call are not detected: take a
     new folder then. ratios: original / new, above 1. unit: of the ratio: `Params` counts weights under masks too;
     `Sparsity` counts the prunable weights or units. jobs: processes; above 1 the functions must be importable.
+    on_cell: called after each cell with the cell, the number of finished cells, and of all cells.
 
     Use: before claiming that one method is better than another. Avoid: fewer than three seeds: the interval is wide.
     """
@@ -238,7 +239,7 @@ def _run_tasks(tasks: Sequence[_Task], indices: Sequence[int], jobs: int) -> Ite
 
 
 def _leave_with_parent() -> None:
-    """End this worker with its parent: after the parent was killed it would wait forever."""
+    """End this worker with its parent: otherwise it would wait forever after a kill of the parent."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -324,7 +325,7 @@ def _alone(seed: int) -> Iterator[None]:
 def _identity(experiment: ParetoExperiment, seed: int) -> Identity:
     """The identity that all cells of a seed share: functions by their code and arguments, data and model by contents.
 
-    A checkpoint that `make` reads is seen when its weights change.
+    A change of a checkpoint that `make` reads is detected by the weights of the model.
     """
     functions = {name: _function(getattr(experiment, name)) for name in ("make", "evaluate", "loss", "recover")}
     data = {name: _named_data(getattr(experiment, name)) for name in ("inputs", "data")}
@@ -342,7 +343,7 @@ def _known(journal: Journal, identity: Identity) -> Cell | None:
     try:
         cell = Cell(**record)
     except TypeError as error:
-        why = f"a record is no cell: {error}"
+        why = f"a record is not a cell: {error}"
         raise BadInput(f"{journal.path} is damaged", why, "choose another folder") from error
     return None if cell.error.startswith((_USER, _USER_0_1)) else cell
 

@@ -101,7 +101,9 @@ class KernelPattern:
         if not 2 <= self.entries < _CELLS or self.patterns < 1:
             why = f"2 to {_CELLS - 1} of {_CELLS} entries are kept, in at least one shape"
             raise RequestError(
-                f"KernelPattern({self.entries}, {self.patterns}) is no pattern", why, "for example KernelPattern(4, 8)"
+                f"KernelPattern({self.entries}, {self.patterns}) is not a pattern",
+                why,
+                "for example KernelPattern(4, 8)",
             )
 
     @property

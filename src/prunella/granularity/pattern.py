@@ -96,7 +96,9 @@ class NM:
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise RequestError(
-                f"NM({self.n}, {self.m}) is no pattern", "N of every M are kept, with 0 < N < M", "for example NM(2, 4)"
+                f"NM({self.n}, {self.m}) is not a pattern",
+                "N of every M are kept, with 0 < N < M",
+                "for example NM(2, 4)",
             )
 
     @property

@@ -183,7 +183,10 @@ class Depth:
 
 
 def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: Reduce) -> Scores:
-    """One score per unit from parts `(values (positions, weights), unit (positions,))`, in float64."""
+    """One score per unit from parts `(values (positions, weights), unit (positions,))`, in float64.
+
+    units: number of units. reduce: the reduction of the weights of a unit.
+    """
     if reduce is Reduce.MAX:
         top = torch.full((units,), -torch.inf, dtype=torch.float64)
         for values, unit in parts:

@@ -24,7 +24,7 @@ Place = tuple[str, int]
 
 
 def left(places: tuple[Place, ...], keep: Keep) -> bool:
-    """Whether something inside these units is kept: there are no units, or at least one is kept."""
+    """Whether a tensor that only these units contain is kept: at least one unit is kept, or there are none."""
     return not places or any(group not in keep or bool(keep[group][unit]) for group, unit in places)
 
 
@@ -67,7 +67,7 @@ class Group:
     embedding) and `expert` have calls along their units (`Graph.runs`), restricted to the kept units. `vocabulary` is
     indexed by inputs and outputs (`Graph.numbered`). A `block` is bypassed, and is in `Graph.stacks`.
     multiple: the number of kept units must be a multiple of this number, if an operation requires it.
-    min_units: smallest number of kept units, if an operation chooses so many.
+    min_units: smallest number of kept units; an operation such as `topk(k)` chooses that many.
     why, where: the call along the units of a `width` or an `expert`, or the lookup of tokens, and its source location.
     paths: of residual blocks, the module of each unit. The name of the group is then that of their container. Members
         are all parameters that only one block has, with all rows in the unit of this block.
@@ -265,10 +265,10 @@ class UnreadSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run of the model meets beside its batch.
+    """The conditions of a run of the model, in addition to its batch.
 
-    answers: what the source reads in place of values, by expression. before: batches on which the model runs first, so
-    that it has kept what it keeps from call to call. kept: owner, attribute and value of numbers that it has kept.
+    answers: the value that the source reads instead of the computed one, by expression. before: batches on which the
+    model runs first, so that its state between calls exists. kept: owner, attribute and value of numbers in this state.
     """
 
     answers: Mapping[Any, bool | int | float] = field(default_factory=dict)
@@ -277,15 +277,15 @@ class Setting:
 
 
 PLAIN = Setting()
-"""The first run of a model, in which every value is read as it is."""
+"""The first run of a model, in which the source reads every value as computed."""
 
 
 @dataclass(frozen=True)
 class Branch:
     """A run in another setting than the first one, where the source may take another branch.
 
-    place: `file:line` of a branch on a value, or what the run is. batch: None for the example. example: the number of
-    the run. fault: why it did not run; empty if it did.
+    place: `file:line` of a branch on a value, or a description of the run. batch: None for the example. example: the
+    number of the run. fault: why the run failed; empty if it succeeded.
     """
 
     place: str
@@ -296,18 +296,18 @@ class Branch:
 
     @property
     def text(self) -> str:
-        """Which run it is, in words."""
+        """The run, described in words."""
         return f"on the other side of {self.place}" if self.setting.answers else self.place
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Where the source may do something else on other inputs, as the run shows it.
+    """Hints of a run that the source may take other branches on other inputs.
 
-    turns: a size of the inputs, and another at which a comparison has another outcome. alone: the same for one axis of
-    the inputs, where a comparison is of several sizes. numbers, keys: sizes that the source names, see `KnownSizes`.
-    escaped: a size went where no comparison is seen. values: values went from the tensors to Python. ranks, layouts:
-    the source asks for the number of axes of a tensor, or for its order in memory.
+    turns: a size of the inputs, and another size at which a comparison has another outcome. alone: the same for a
+    single axis of the inputs, if a comparison has several sizes. numbers, keys: sizes in the source, see `KnownSizes`.
+    escaped: a size was used where comparisons are not observed. values: tensor values were converted to Python numbers.
+    ranks, layouts: the source reads the number of axes of a tensor, or its memory layout.
     """
 
     turns: tuple[tuple[int, int], ...] = ()
@@ -339,7 +339,7 @@ class Graph:
     extents: Mapping[str, tuple[Extent, ...]]
     attributes: tuple[Attribute, ...] = ()
     uncounted: Mapping[str, int] = field(default_factory=dict)
-    """Operations whose multiply-adds nobody knows -> number of their calls."""
+    """Operations with an unknown number of multiply-adds -> number of their calls."""
     hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Operations of `uncounted` -> the parameters that they read."""
     readers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -357,7 +357,7 @@ class Graph:
     untried: str = ""
     hints: Hints = Hints()
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Parameter -> why it stays: another one is in the same memory."""
+    """Parameter -> why it is kept: another parameter shares its memory."""
     branches: tuple[Branch, ...] = ()
     """Branches on values."""
     unread: tuple[UnreadSize, ...] = ()
@@ -387,7 +387,7 @@ class Graph:
 
     @property
     def tokens(self) -> Group | None:
-        """The units indexed by tokens: those of the largest embedding that an input indexes."""
+        """The group indexed by tokens: that of the largest embedding that an input indexes."""
         tables = [group for group in self.groups if group.kind == "vocabulary"]
         return max(tables, key=lambda group: group.size, default=None)
 

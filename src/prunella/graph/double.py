@@ -41,7 +41,7 @@ def _observed(
     by_position: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
-    """Fake quantization by a moving range of what passes: of each position of `axis`, or of everything."""
+    """Fake quantization by a moving range of the observed values: per position of `axis`, or per tensor."""
     if observer_on.item():
         others = [k for k in range(x.dim()) if k != axis] if by_position else list(range(x.dim()))
         for bound, extreme in ((low, x.amin(others)), (high, x.amax(others))):
@@ -132,7 +132,7 @@ _WIDE = {
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 _BYTES = (Tensor.nbytes.__get__, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
-"""Numbers of bytes, which are those of float32 also where the check computes in float64."""
+"""Sizes in bytes, which remain those of float32 while the check computes in float64."""
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
 

@@ -1,8 +1,8 @@
-"""Batches on which the model's source may do something else than on the examples, without a comparison that says so.
+"""Batches on which the model's source may take another path than on the examples, although no comparison shows it.
 
 Sizes come from the numbers that the source names: `TABLE[x.shape[1]]`, `log2(len(x)) > 5`. Values come from the
-example: ten thousand times as large, zero, of the other sign. A batch tells something if other instructions of the
-source run on it, or other modules, than on any batch before.
+example: ten thousand times as large, zero, of the other sign. A batch is informative if it runs instructions of the
+source, or modules, that no batch before it ran.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from prunella.model.state import Steady
 from prunella.model.trees import each
 
 _RUNS = 24
-"""Batches that are run, the nearest sizes first."""
+"""Largest number of batches to run; sizes nearest to the example's come first."""
 _Size = tuple[frozenset[int], int]
 _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """What the source has done so far, on the examples. accepted: whether the model took the last batch.
+    """The instructions and modules run so far. accepted: whether the model accepted the last batch.
 
     The examples run once a batch is accepted. Between the runs the model must not change.
     """
@@ -61,7 +61,7 @@ class Seen:
         return set(self.steps().places)
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
-        """Whether the model takes this batch, with finite outputs, and does something new on it."""
+        """Whether the model accepts this batch, with finite outputs, and runs something new on it."""
         steps = self._run(batch, observer, setting)
         self.accepted = steps is not None
         if steps is None:
@@ -73,7 +73,7 @@ class Seen:
     def _run(
         self, batch: Any, observer: AbstractContextManager[Any] | None = None, setting: Setting = PLAIN
     ) -> Steps | None:
-        """What the source does on a batch; None if the model does not take it."""
+        """The steps of one batch; None if the model does not accept it."""
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.guard.run())
@@ -84,16 +84,16 @@ class Seen:
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
-        except Exception:  # a probe: whatever it raises, the model does not take this batch
+        except Exception:  # a probe: whatever it raises, the model does not accept this batch
             return None
         return steps if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()) else None
 
 
 def sizes_to_try(main: Tensor, hints: Hints) -> list[tuple[frozenset[int], int, bool]]:
-    """Axes of the largest input, their new size, and whether to try it without a sign of a branch; nearest first.
+    """Axes of the largest input, their new size, and whether to try it without evidence of a branch; nearest first.
 
-    A key of a table, and a number where a size has become one of Python, are tried anyway: what is looked up, sliced or
-    indexed by them need not change the instructions that run.
+    Keys of tables, and numbers where a size was converted to a Python integer, are always tried: a lookup, slice or
+    index by them runs the same instructions.
     """
     named: dict[_Size, bool] = {}
     scaled: dict[_Size, bool] = {}

@@ -40,9 +40,9 @@ def chosen(names: Iterable[str], skip: Sequence[str], only: Sequence[str]) -> st
 
 
 def rank_of(graph: Graph, group: Group) -> str:
-    """The reason to keep units that are the rank of an adapter, which is pruned only by name; empty for other units.
+    """Why units that are the rank of an adapter are kept: only= has to name them. Empty for other units.
 
-    An adapter is a product of two trained weights, `(out, r)` by `(r, in)`, beside a frozen weight `(out, in)`. Its
+    An adapter is a product of two trained weights, `(out, r)` by `(r, in)`, next to a frozen weight `(out, in)`. Its
     rank is a choice of the training, and a lower rank saves almost nothing after the merge of the adapter.
     """
     layers = {layer.entity: layer for layer in graph.layers}

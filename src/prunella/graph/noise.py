@@ -26,7 +26,7 @@ DROPOUTS = frozenset(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, draws do not depend on sizes; see above."""
+    """Inside, random draws do not depend on sizes, as the module docstring describes."""
     with _Draws(), _Calls():
         yield
 
@@ -39,7 +39,7 @@ def drops(name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Calls(TorchFunctionMode):
-    """Takes dropouts out."""
+    """Turns dropouts into the identity."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = called(func), dict(kwargs or {})
@@ -52,7 +52,7 @@ class _Calls(TorchFunctionMode):
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces what random operations draw."""
+    """Replaces the results of random operations."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -86,7 +86,7 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[
 
 
 def _uniform(k: int, given: Mapping[str, Any]) -> float:
-    """Near the middle, so that a comparison with a probability keeps what is mostly kept."""
+    """A number near 0.5: compared with a probability, it gives the more probable outcome."""
     low, high = given.get("from", 0.0), given.get("to", 1.0)
     return float(low + (high - low) * (0.5 + 0.03 * math.sin(k)))
 
@@ -112,4 +112,4 @@ _VALUES: dict[str, Callable[[int, Mapping[str, Any]], Any]] = {
     "log_normal": lambda k, given: 1.0,
     "cauchy": lambda k, given: given.get("median", 0.0) + 0.5,
 }
-"""Name of a random operation -> the numbers it draws: of the count of draws and its arguments."""
+"""Name of a random operation -> the number it draws, as a function of the draw's index and the arguments."""

@@ -1,8 +1,8 @@
-"""The oracle on inputs of other sizes: what holds for one batch size or image size only is not proven.
+"""The oracle on inputs of other sizes: a cut that is exact for one batch or image size only is not proven.
 
 A reshape that mixes channels with positions, or a branch on the batch size, may couple other channels on another input.
 From an example, batches of other sizes are made from its own values: another number of samples, and other positions on
-the axes that may be an image or a sequence. Where the dense model does not accept a size, nothing is concluded.
+the axes that may be an image or a sequence. Sizes that the dense model does not accept are ignored.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from prunella.model.trees import tensors
 from prunella.types import Keep
 
 _SAMPLES = 4
-"""A batch of fewer samples is tried with one more; a larger one with one less than this number."""
+"""Batches with fewer samples are tried with one more sample, larger ones with one less than this number."""
 _MOST = 4
-"""Sizes at which the source takes another branch, of the nearest ones."""
+"""Largest number of sizes at which the source takes another branch, the nearest first."""
 
 
 _NONE = Hints()
@@ -64,7 +64,7 @@ def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str
 
 
 def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> Any:
-    """The first input of another size on which the cut differs from the masked model; None if there is none."""
+    """The first input of another size on which the cut model differs from the masked one; None if there is none."""
     applied, small = changes(graph, keep), copied(model)
     if not applied:
         return None
@@ -93,7 +93,7 @@ _BOTH = "prunella.Examples(one, other)"
 
 
 def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints: Hints = _NONE) -> Iterator[Any]:
-    """Batches of other sizes on which the dense model gives finite outputs; not those of `others`, which are known."""
+    """Batches of other sizes, apart from those of `others`, on which the dense model gives finite outputs."""
     given = [tensor for tensor in tensors(inputs) if tensor.dim()]
     if not given or any(parameter.is_meta for parameter in model.parameters()) or _may_crash(model):
         return
@@ -109,7 +109,7 @@ def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints
 
 
 def _may_crash(model: nn.Module) -> bool:
-    """Whether a program runs a recurrent kernel itself: a state of another size then ends the process."""
+    """Whether a program calls a recurrent kernel directly: a state of another size then crashes the process."""
     graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
     names = {called(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     return bool(names & _UNCHECKED)
@@ -136,7 +136,7 @@ class _Probes:
         return Seen(self.model, self.examples, self.guard)
 
     def runs(self, batch: Any) -> bool:
-        """Whether the model takes a batch, with finite outputs."""
+        """Whether the model accepts a batch, with finite outputs."""
         try:
             with self.guard.run(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -146,7 +146,7 @@ class _Probes:
         return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
 
     def first(self, batches: Iterable[Any]) -> list[Any]:
-        """The first of these that is new and that the dense model takes."""
+        """The first of these batches that is new and that the dense model accepts."""
         for batch in batches:
             if _shapes(batch) not in self.known and self.runs(batch):
                 self.known.add(_shapes(batch))
@@ -163,14 +163,14 @@ class _Probes:
         yield from [] if both else first(resized(inputs, main))
         yield from first([samples(inputs, count, 1)])
         for size, other in self.hints.turns[:_MOST]:
-            for batch in turned(inputs, main, size, other):  # all: nobody knows which axis decides
+            for batch in turned(inputs, main, size, other):  # all of them: which axis decides is unknown
                 yield from first([batch])
         for axis, size, other in self.hints.alone[:_MOST]:
             if axis < main.dim() and main.shape[axis] == size:
                 yield from first(stretched(inputs, main, frozenset([axis]), other))
 
     def guessed(self) -> Iterator[Any]:
-        """Batches on which the source does something new, though no comparison tells so."""
+        """Batches on which the source runs something new, although no comparison shows it."""
         sizes = sizes_to_try(self.main, self.hints)
         if not sizes and not self.hints.values:
             return
@@ -188,7 +188,7 @@ class _Probes:
                 yield batch
 
     def of_other_form(self) -> Iterator[Any]:
-        """Batches of other axes or in another order of memory, where the source asks or does something new."""
+        """Batches with another number of axes or memory layout, if the source reads them or runs something new."""
         known = [(_shapes(example), layout(example)) for example in self.examples]
         seen = self.seen.forked()
         for batch in of_other_rank(self.inputs, self.main):
@@ -202,7 +202,7 @@ class _Probes:
 
 
 def _agrees(oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN) -> bool:
-    """Whether both compute the same, or too little is known: where rounding alone changes as much, nothing is shown."""
+    """Whether both compute the same, or the comparison is inconclusive: rounding alone changes the outputs as much."""
     try:
         verification = oracle.verify(batch, example=example, setting=setting)
     except NotSupported:
@@ -211,7 +211,7 @@ def _agrees(oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = 
 
 
 _NOISE = 1e-2
-"""Of a difference: a change of the weights by rounding that gives as much tells of ties, as in a choice of boxes."""
+"""Share of a difference: if rounding of the weights causes this much, ties explain it, as in a choice of boxes."""
 
 
 def _shaken(small: nn.Module, applied: Changes, batch: Any) -> float:
@@ -227,7 +227,7 @@ def _shaken(small: nn.Module, applied: Changes, batch: Any) -> float:
     try:
         with torch.no_grad(), untouched(small), untouched(shaken):
             return relative_error(*(outputs_of(model, batch) for model in (small, shaken)))
-    except Exception:  # what does not run does not tell
+    except Exception:  # a model that does not run gives no evidence
         return 0.0
 
 

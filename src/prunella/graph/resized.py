@@ -13,9 +13,9 @@ from torch import Tensor
 from prunella.model.trees import each, tensors
 
 _FEW = 8
-"""An axis of fewer positions is made longer, a longer one shorter: the check then costs no more than the first."""
+"""Axes with fewer positions are made longer, the others shorter: the check then costs no more than the first one."""
 _LARGEST = 1 << 18
-"""Numbers of an input that is tried because a branch of the source asks for it; or four times the example."""
+"""Most elements of an input that is made to reach a branch of the source; or four times those of the example."""
 
 
 def _spatial(main: Tensor) -> Iterator[frozenset[int]]:
@@ -25,7 +25,7 @@ def _spatial(main: Tensor) -> Iterator[frozenset[int]]:
 
 
 def resized(inputs: Any, main: Tensor) -> Iterator[Any]:
-    """The inputs with the sizes of an image or a sequence halved, or doubled where they are small or it may not be."""
+    """The inputs with the sizes of an image or a sequence halved, or doubled if they are small or cannot be halved."""
     for sizes in _spatial(main):
         for factor in (_halved, _doubled) if min(sizes) >= _FEW else (_doubled, _halved):
             new = {size: factor(size) for size in sizes}
@@ -42,7 +42,7 @@ def _doubled(size: int) -> int:
 
 
 def turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
-    """The inputs with the size that decides a branch as `other`: the batch, or axes of which it is a fraction."""
+    """The inputs with `other` as the size that decides a branch: the batch, or axes of which it is a fraction."""
     room = max(_LARGEST, 4 * main.numel())
     if main.shape[0] == size and main.numel() // size * other <= room:
         yield samples(inputs, size, other)
@@ -55,7 +55,7 @@ def turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
 
 
 def stretched(inputs: Any, main: Tensor, axes: frozenset[int], new: int) -> Iterator[Any]:
-    """The inputs with these axes of the main one of the size `new`; none where that would be too large."""
+    """The inputs with size `new` on these axes of the main one; none if that would be too large."""
     size = main.shape[min(axes)]
     if main.numel() * (new / size) ** len(axes) > max(_LARGEST, 4 * main.numel()):
         return
@@ -106,7 +106,7 @@ def shape_text(inputs: Any) -> str:
 
 
 def batch_text(batch: Any, inputs: Any) -> str:
-    """`an input of 2x3x4x4`, and its strides where the example has the same shape in another order of memory."""
+    """`an input of 2x3x4x4`, and its strides where the example has the same shape in another memory layout."""
     text, same = shape_text(batch), shape_text(batch) == shape_text(inputs) and layout(batch) != layout(inputs)
     strides = ", ".join("x".join(map(str, steps)) for steps in layout(batch))
     return f"an input of {text} with strides {strides}" if same else f"an input of {text}"
@@ -117,7 +117,7 @@ def _shifted(tensor: Tensor, steps: int) -> Tensor:
 
 
 def _plain(inputs: Any) -> Any:
-    """The inputs without gradients, so that nothing is recorded of what is made of them."""
+    """The inputs without gradients, so that autograd records nothing."""
     return each(inputs, lambda tensor: tensor.detach())
 
 
@@ -147,7 +147,7 @@ def _alike(tensor: Tensor, main: Tensor, axis: int) -> bool:
 
 
 def of_other_layout(inputs: Any) -> Iterator[Any]:
-    """The inputs with the same values in another order of memory: channels last, and reversed axes."""
+    """The inputs with the same values in another memory layout: channels last, and reversed axes."""
     for change in (_channels_last, _reversed_axes):
         changed = each(_plain(inputs), change)
         if layout(changed) != layout(inputs):

@@ -1,4 +1,4 @@
-"""Calls that run along an axis of units see only the units that are kept, as in the smaller model."""
+"""Restrict calls that run along an axis of units to the kept units, as in the smaller model."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Restricted(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _further(self, name: str, args: Any) -> Sequence[Along]:
-        """A call beyond those of the example: a loop over a longer input. All calls of the name were alike there."""
+        """A call beyond those of the example, from a loop over a longer input; all recorded calls of the name agree."""
         call = self.repeated.get(name)
         if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= max(0, _axis_of(call)):
             return ()
         return (call,) if args[0].shape[_axis_of(call)] == self.widths.get(name) else ()
 
     def _sizes(self, answer: Any, dim: int | None = None) -> Any:
-        """The sizes, which are those of the kept positions where they are numbers in a calculation."""
+        """The sizes; in a calculation they are numbers of kept positions."""
         number = self.count[SIZE]
         self.count[SIZE] += 1
         calls = self.at.get((SIZE, number), ())
@@ -75,7 +75,7 @@ class Restricted(TorchFunctionMode):
 
 
 def _repeated(along: Sequence[Along]) -> dict[str, Along]:
-    """Name -> its call, where every call of the name up to the last recorded one is along the same positions."""
+    """Name -> its call, if all recorded calls of the name are along the same positions."""
     calls: dict[str, list[Along]] = {}
     for call in along:
         calls.setdefault(call.name, []).append(call)
@@ -83,7 +83,7 @@ def _repeated(along: Sequence[Along]) -> dict[str, Along]:
 
 
 def _axis_of(call: Along) -> int:
-    """The axis of a call; of the norms that run over the last axis, whatever the tensor has before it, -1."""
+    """The axis of a call; -1 for norms over the last axis, which accept any number of axes before it."""
     return call.axis if call.name in {*_CHOICES, *_STATISTICS, *_INSIDE} else -1
 
 
@@ -94,7 +94,7 @@ def _alike(calls: Sequence[Along]) -> bool:
 
 
 class _Narrowed(int):
-    """A size of the dense model that is the number of kept positions in a calculation."""
+    """A size of the dense model; in a calculation it counts as the number of kept positions."""
 
     kept: int
 
@@ -120,7 +120,7 @@ for _name in "add radd sub rsub mul rmul truediv rtruediv pow".split():
 
 
 def _plain(tree: Any, number: bool) -> Any:
-    """Arguments with plain integers: the kept positions in a calculation, and otherwise the size."""
+    """Arguments with plain integers: the number of kept positions in a calculation, otherwise the size."""
     if isinstance(tree, _Narrowed):
         return tree.kept if number else int.__add__(tree, 0)
     if isinstance(tree, dict):
@@ -133,12 +133,12 @@ def _plain(tree: Any, number: bool) -> Any:
 _CHOICES = frozenset({"softmax", "topk"})
 _STATISTICS = frozenset("mean var std var_mean std_mean norm linalg_vector_norm sum".split())
 _INSIDE = {"normalize": (), "group_norm": ("weight", "bias")}
-"""Calls that give their input another scale -> their parameters along the axis."""
+"""Calls that rescale their input -> their parameters along the axis."""
 _GROUPED = ("input", "num_groups", "weight", "bias", "eps")
 
 
 def _inside(func: Any, args: Any, kwargs: Any, kept: Tensor, axis: int) -> Tensor:
-    """Such a call on the kept positions; zero elsewhere."""
+    """The result of such a call on the kept positions; zero elsewhere."""
     arguments = {**dict(zip(_GROUPED, args, strict=False)), **kwargs} if called(func) == "group_norm" else kwargs
     affine = {k: arguments[k].index_select(0, kept) for k in _INSIDE[called(func)] if arguments.get(k) is not None}
     value = args[0] if args else kwargs["input"]
@@ -149,7 +149,7 @@ def _inside(func: Any, args: Any, kwargs: Any, kept: Tensor, axis: int) -> Tenso
 
 
 def _hidden(values: Tensor, removed: Tensor, axis: int) -> Tensor:
-    """Values in which removed positions can never be chosen."""
+    """The values with removed positions that softmax and topk never choose."""
     shape = [-1 if k == axis else 1 for k in range(values.dim())]
     return values.masked_fill(removed.reshape(shape), -torch.inf)
 

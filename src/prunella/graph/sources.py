@@ -1,4 +1,4 @@
-"""Which parameters a tensor is computed from, by views, norms or fake quantization, without an input of the model."""
+"""The parameters from which a tensor is computed by views, norms or fake quantization, without the model's inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMS = frozenset(
     "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
     "slice select split split_with_sizes unbind lift_fresh contiguous unsafe_split cat stack".split()
 )
-"""Operations that give a parameter another form, and compute nothing with it."""
+"""Operations that change the form of a parameter without computing with it."""
 
 
 class Sources:
@@ -26,7 +26,7 @@ class Sources:
         self._made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._at: dict[int, list[tuple[int, int, Names]]] = {}
         self._active: set[int] = set()
-        """Memory that holds activations now, also where it was made from nothing and filled in place."""
+        """Memory that holds activations, including newly created tensors that are filled in place."""
         names = set(parameters)
         for name, tensor in entities.items():
             key, own = memory(tensor), frozenset({name}) if name in names else NONE

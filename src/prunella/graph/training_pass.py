@@ -19,17 +19,17 @@ _SEEDS = (0, 1)
 
 
 def training_fault(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> str:
-    """What goes wrong in training mode with the small model but not with the dense one; empty if nothing does.
+    """The fault of the small model in training mode that the dense model does not have; empty if there is none.
 
     Both run as copies, without gradients, on the same random numbers, and must return tensors of the same shapes.
-    Nothing is known of a model that does not run in training mode on these inputs, for example without targets.
+    The check is skipped if the dense model does not run in training mode on these inputs, for example without targets.
     """
     batch = known_only(inputs, done.renumbered)
     result = _shapes(small, renumber(batch, done.renumbered))
     if isinstance(result, str):
         works = not isinstance(_shapes(dense, batch), str)
         return f"the smaller model does not run in training mode: {result}" if works else ""
-    if done.renumbered:  # an output may number the tokens
+    if done.renumbered:  # an output may have an entry per token
         return ""
     expected = _shapes(dense, batch)
     if isinstance(expected, str) or result == expected or expected != _shapes(dense, batch, _SEEDS[1]):

@@ -84,7 +84,7 @@ def verify(
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
-    example: the number of the example that this batch is, or is like. setting: what both meet beside the batch.
+    example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
@@ -163,14 +163,14 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) 
 
 
 class _DenseFailed(Exception):
-    """The masked model itself does not run or gives nan: the cause is the precision, not the cut."""
+    """The masked model itself does not run or gives nan: the precision is the cause, not the cut."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run shows. kept: tensors that it leaves on the model. inner: outputs of inner modules, if asked for.
+    """The results of a run. kept: tensors that it leaves on the model. inner: outputs of inner modules, if requested.
 
-    drew: it drew random numbers.
+    drew: whether it drew random numbers.
     """
 
     outputs: list[Tensor]
@@ -190,7 +190,7 @@ class _Pair:
     setting: Setting
 
     def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
-        """What the masked model shows at the kept positions."""
+        """The results of the masked model at the kept positions."""
         try:
             seen = self._masked("masked", still=still, inner=inner)
             if not all(torch.isfinite(t).all() for t in seen.outputs):
@@ -204,14 +204,14 @@ class _Pair:
         return seen
 
     def result(self, *, still: bool = False, inner: bool = False) -> Observed:
-        """What the smaller model shows."""
+        """The results of the smaller model."""
         model = self.oracle.copy("small", double=self.double)
         batch = renumber(self.batch, self.done.renumbered)
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
         return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
     def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
-        """What the masked model shows with its dropped blocks bypassed, at the kept positions."""
+        """The results of the masked model at the kept positions, with dropped blocks bypassed."""
         model = self.oracle.copy(kind, double=self.double)
         with bypassed(model.model, self.done.dropped):
             seen = _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
@@ -238,13 +238,15 @@ def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, settin
     if not _has_numbers(reference.outputs):
         inner = _common(*(run(still=still, inner=True).inner for run in (pair.reference, pair.result)))
         if not _has_numbers(inner[0]):
-            raise _nothing_compared("its outputs on the example hold no number, nor do those of its inner layers")
+            raise _nothing_compared(
+                "its outputs on the example contain no numbers, and neither do those of its inner layers"
+            )
         worst = max(worst, relative_error(*inner))
     return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
 
 
 def _difference(reference: Observed, result: Observed, done: Changes) -> float:
-    """The relative error of the outputs, and of what both runs leave on their models."""
+    """The relative error of the outputs and of the tensors that both runs leave on their models."""
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
     return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
 

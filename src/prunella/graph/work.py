@@ -2,8 +2,8 @@
 
 A multiply-add is 1. Products count, with a weight or without: matrix products, convolutions, attention, recurrent
 steps. Elementwise work, lookups, norms and pooling are free. An operation in neither table, and every custom operation
-without a formula, is *uncounted*: nobody knows its work, and whoever shows a count names it. A formula of one's own is
-that of `torch.utils.flop_counter.register_flop_formula`.
+without a formula, is *uncounted*: its work is unknown, and every report of a count names it. A formula can be added by
+`torch.utils.flop_counter.register_flop_formula`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def known(func: Any) -> bool:
 
 
 def terms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...]) -> list[Term] | None:
-    """The multiply-adds of one executed operation; None if nobody knows."""
+    """The multiply-adds of one executed operation; None if they are unknown."""
     formula = FORMULAS.get(name_of(func))
     if formula is not None and not isinstance(func, HigherOrderOperator):
         try:
@@ -102,7 +102,7 @@ def terms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tup
 def _registered(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...]
 ) -> list[Term] | None:
-    """By the formula that torch, or the model's author, has registered for torch's own counter."""
+    """The multiply-adds by the formula that torch, or the model's author, registered for torch's own counter."""
     from torch.utils.flop_counter import flop_registry  # takes a third of a second
 
     count = flop_registry.get(getattr(func, "_overloadpacket", func))
@@ -114,7 +114,7 @@ def _registered(
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Set while a counter looks on: layers whose kernels lie beyond torch's operations run them instead."""
+    """Inside, multiply-adds are counted: layers with kernels outside torch run torch's operations instead."""
     global _counters
     _counters += 1
     try:
@@ -124,7 +124,7 @@ def counting() -> Iterator[None]:
 
 
 def is_counting() -> bool:
-    """Whether a counter looks on."""
+    """Whether multiply-adds are being counted."""
     return _counters > 0
 
 
@@ -151,7 +151,7 @@ def _all(tensor: Tensor) -> tuple[Place, ...]:
 
 @formula("mm", "bmm", "_int_mm", "_scaled_mm", "_scaled_mm_v2")
 def product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """`(..., m, k) @ (..., k, n)`: every element of the first matrix meets every column of the second."""
+    """`(..., m, k) @ (..., k, n)`: every element of the first matrix is multiplied once per column of the second."""
     yield Term(1, (*_all(args[0]), (args[1], args[1].dim() - 1)))
 
 
@@ -163,7 +163,7 @@ def added_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterabl
 
 @formula("_sparse_addmm")
 def sparse_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """Every element that a sparse matrix holds meets one row of a dense one."""
+    """Every stored element of a sparse matrix multiplies one row of a dense one."""
     yield Term(args[1]._nnz(), ((args[2], 1),))
 
 
@@ -189,13 +189,13 @@ def linear(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]
 @formula("quantized.linear", "quantized.linear_relu", "quantized.linear_dynamic", "quantized.linear_relu_dynamic",
          "quantized.linear_dynamic_fp16", "_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")  # fmt: skip
 def packed_linear(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """A weight in a layout of its own: every output sums over the last axis of the input."""
+    """A weight in a packed layout: every output sums over the last axis of the input."""
     yield Term(args[0].shape[-1], _all(outputs[0]))
 
 
 @formula("_grouped_mm", "_scaled_grouped_mm", "transformers.grouped_mm_fallback")
 def grouped(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """Rows sorted by matrix: each row meets one matrix `(k, n)` of the stack; two stacks are a batch of products."""
+    """Rows sorted by matrix: each row is multiplied by one matrix `(k, n)`; two stacks are a batch of products."""
     a, b = args[0], args[1]
     if a.dim() == 2 and b.dim() == 3:
         yield Term(a.shape[0], ((b, 1), (b, 2)))
@@ -262,7 +262,7 @@ def packed_convolution(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> It
     "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math_for_mps",
     "fused_attention_overrideable")))  # fmt: skip
 def attention(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """`queries @ keys` and `scores @ values`, all positions: what the kernel leaves out of a mask is not looked at."""
+    """`queries @ keys` and `scores @ values` at all positions, including masked ones that the kernel may skip."""
     query, key, value = args[0], args[1], args[2]
     rows = _all(query)[:-1]
     width = query.dim() - 1
@@ -272,7 +272,7 @@ def attention(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Te
 
 @formula("mkldnn_rnn_layer")
 def recurrent_layer(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """One layer in one direction: every step of every sequence meets both weights."""
+    """One layer in one direction: every step of every sequence is multiplied by both weights."""
     yield from _steps(args[0], args[1:3])
 
 
@@ -284,7 +284,7 @@ def recurrent(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Te
 
 @formula("quantized_lstm", "quantized_gru")
 def packed_recurrent(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
-    """Weights in a layout of their own: not known."""
+    """Packed weights: the work is unknown."""
     raise ValueError("its weights are packed")
 
 

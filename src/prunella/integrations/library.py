@@ -1,4 +1,4 @@
-"""Base classes of other libraries: a callback can be named, and read about, where its library is missing."""
+"""Base classes of other libraries: a callback can be imported, and its help read, without its library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from prunella.io.load import import_with_operators
 
 
 def bases(module: str, *names: str) -> tuple[type, ...]:
-    """The classes of a module, or a stand-in for each that refuses to be used: see `check_library`."""
+    """The classes of a module, or a stub for each that refuses to be used: see `check_library`."""
     try:
         library = import_with_operators(module)
         return tuple(getattr(library, name) for name in names)

@@ -24,7 +24,7 @@ class LightningPruning(Callback):
 
     After each optimizer step masked weights are exactly 0, with gradient accumulation, clipping, mixed precision and
     data parallelism. The masks are in the state of the callback, so each checkpoint of Lightning holds them, and
-    `trainer.fit(module, ckpt_path=...)` goes on with them. The sparsity is logged as `sparsity`.
+    `trainer.fit(module, ckpt_path=...)` resumes with them. The sparsity is logged as `sparsity`.
 
         trainer = Trainer(max_steps=1000, callbacks=[LightningPruning(Gradual(recipe, target=..., inputs=batch))])
         trainer.fit(module, loader)
@@ -50,7 +50,7 @@ class LightningPruning(Callback):
         self._undo: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take up masks, and those of the checkpoint that the training goes on from."""
+        """Hold the masks of the model, or those of the checkpoint from which the training resumes."""
         total = trainer.estimated_stepping_batches
         if total == float("inf"):
             why = "neither max_epochs nor max_steps says when the training ends"
@@ -66,7 +66,7 @@ class LightningPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune if it is due; batches of an accumulation count once."""
+        """Prune if an update is due; batches of an accumulation count once."""
         while self._counted < trainer.global_step:
             self._counted += 1
             self.session.step()
@@ -74,12 +74,12 @@ class LightningPruning(Callback):
             pl_module.log("sparsity", self.session.sparsity)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers; the masks stay with the model until `prunella.finalize`."""
+        """Release the optimizers; the masks remain with the model until `prunella.finalize`."""
         self.session.stop()
         self._remove_distillation()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self._remove_distillation()
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class LightningPruning(Callback):
         return self.session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave, from a checkpoint."""
+        """Load the result of `state_dict` from a checkpoint."""
         self.session.load_state_dict(state_dict)
 
     def _remove_distillation(self) -> None:
@@ -97,7 +97,7 @@ class LightningPruning(Callback):
 
 
 def _add_distillation(pl_module: LightningModule, network: nn.Module, how: Distillation) -> Callable[[], None]:
-    """Add the teacher of a network to the loss of `training_step`, until what is returned is called."""
+    """Add the teacher of a network to the loss of `training_step`; the returned function removes it."""
     passes: list[Tensor] = []
 
     def compare(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:

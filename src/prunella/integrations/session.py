@@ -1,4 +1,4 @@
-"""What the callbacks share: masks held in a training, gradual pruning, their state, a teacher in the loss."""
+"""The common part of the callbacks: masks held during training, gradual pruning, their state, a teacher in the loss."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Gradual:
             raise RequestError(f"every={self.every!r} is out of range", "at least 1 is needed", "leave it out")
 
     def length(self, total: int) -> int:
-        """Optimizer steps until the target is met, in a training of `total` steps. Too few are logged: it may go on."""
+        """Optimizer steps until the target is met, in a training of `total` steps; warns if `total` is too small."""
         if isinstance(self.steps, float):
             return max(1, round(self.steps * total))
         if self.steps > total:
@@ -68,7 +68,7 @@ class Gradual:
 class Distillation:
     """The dense model as teacher: `(1 - alpha) loss + alpha T^2 KL(softmax(teacher / T) || softmax(model / T))`.
 
-    teacher: takes what the model takes; it runs in evaluation mode without gradients. alpha: in [0, 1]. temperature:
+    teacher: a model with the same inputs; it runs in evaluation mode without gradients. alpha: in [0, 1]. temperature:
     above 0.
 
     Source: Hinton et al. 2015, arXiv:1503.02531.
@@ -112,7 +112,7 @@ class Distillation:
 
 @dataclass
 class PruningSession:
-    """A `Pruner` in a training that somebody else runs: started, stepped, saved and stopped by a callback.
+    """A `Pruner` in the training loop of another library: started, stepped, saved and stopped by a callback.
 
     averages: moving averages of the weights, which get the same masks.
     """
@@ -125,7 +125,7 @@ class PruningSession:
     _last: dict[str, Tensor] = field(default_factory=dict)
 
     def start(self, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], total: int) -> None:
-        """Hold the masks of the model from now on; go on where `load_state_dict` was. total: optimizer steps."""
+        """Hold the masks of the model from now on; resume from `load_state_dict`, if called. total: optimizer steps."""
         self.stop()
         how = self.gradual
         if how is None:
@@ -141,7 +141,7 @@ class PruningSession:
             self._state = {}
 
     def step(self) -> float | None:
-        """Count an optimizer step; the sparsity of the plan, if the model was pruned in it."""
+        """Count an optimizer step; returns the sparsity of the plan if the model was pruned in this step."""
         plan = self.pruner.step() if self.pruner is not None else None
         if plan is None:
             return None
@@ -149,18 +149,18 @@ class PruningSession:
         return self.sparsity
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Step and masks as tensors; after the training those of its end, for a checkpoint that is written then."""
+        """Step and masks as tensors; after the training those of its end, for a last checkpoint."""
         return self.pruner.state_dict() if self.pruner is not None else dict(self._state or self._last)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take up the masks and the step of a checkpoint, now or at the start."""
+        """Use the masks and the step of a checkpoint, now or at the start."""
         if self.pruner is not None:
             self.pruner.load_state_dict(state)
         else:
             self._state = dict(state)
 
     def stop(self) -> None:
-        """Leave the optimizers alone. The masks stay with the model."""
+        """Release the optimizers. The masks remain with the model."""
         if self.pruner is not None:
             self._last = self.pruner.state_dict()
             self.pruner.detach()

@@ -1,4 +1,4 @@
-"""A callback for the Trainer of transformers, and for trainers that are made of it, such as those of TRL."""
+"""A callback for the Trainer of transformers, and for trainers derived from it, such as those of TRL."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class TrainerPruning(TrainerCallback, ExportableState):
 
     After each optimizer step masked weights are exactly 0, with gradient accumulation, clipping, mixed precision and
     data parallelism. Each checkpoint of the Trainer holds the masks (`prunella_masks.safetensors`), and
-    `trainer.train(resume_from_checkpoint=...)` goes on with them. With `load_best_model_at_end` the masks are those of
-    the best checkpoint; it is logged if that was before the target was met. The sparsity is in the Trainer's log.
+    `trainer.train(resume_from_checkpoint=...)` resumes with them. With `load_best_model_at_end` the masks are those of
+    the best checkpoint; a warning is logged if its step was before the target was met. The sparsity is in the Trainer's
+    log.
 
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[TrainerPruning(Gradual(recipe, target=...))])
         trainer.train()
 
-    gradual: how to prune in training; without it the masks that the model has are held.
+    gradual: how to prune in training; without it the masks of the model are held.
     distillation: adds the dense model as a teacher to the loss that the model computes itself.
     averages: moving averages of the weights, which get the same masks.
-    checkpoint: the folder that training goes on from, where it is not in `output_dir`.
-
-    Errors: MissingExtra without transformers; RequestError, BadInput and NotSupported in a sentence, at the start.
+    checkpoint: the folder from which training resumes, if it is not in `output_dir`.
+    Errors: MissingExtra without transformers; RequestError, BadInput and NotSupported at the start of training.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class TrainerPruning(TrainerCallback, ExportableState):
         self._handles: list[RemovableHandle] = []
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into its own state: that there are masks beside it."""
+        """The entry in the Trainer's state, which says that a checkpoint has masks."""
         return {"args": {}, "attributes": {}, "file": FILE}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Take up masks, and those of the checkpoint that the training goes on from."""
+        """Hold the masks of the model, or those of the checkpoint from which the training resumes."""
         if args.restore_callback_states_from_checkpoint and self._was_saved(state):
             raise NotSupported(
                 "restore_callback_states_from_checkpoint replaces this callback by an empty one",
@@ -80,13 +80,13 @@ class TrainerPruning(TrainerCallback, ExportableState):
         self._handles = [] if self.distillation is None else [_add_distillation(model, self.distillation)]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Prune if it is due."""
+        """Prune if an update is due."""
         self.session.step()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **given: Any
     ) -> None:
-        """Add the sparsity to what is logged."""
+        """Add the sparsity to the log entry."""
         if self.session.sparsity is None:
             return
         for entry in (logs, state.log_history[-1] if state.log_history else None):
@@ -100,7 +100,7 @@ class TrainerPruning(TrainerCallback, ExportableState):
             save_state(self.session.state_dict(), folder / FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Let go of the optimizer; the masks stay with the model until `prunella.finalize`."""
+        """Release the optimizer; the masks remain with the model until `prunella.finalize`."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         pruner, how = self.session.pruner, self.session.gradual
         if best is not None and pruner is not None and (Path(best) / FILE).is_file():
@@ -127,9 +127,9 @@ class TrainerPruning(TrainerCallback, ExportableState):
         return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
     def _masks_of(self, folder: Path, state: TrainerState) -> dict[str, Tensor]:
-        """The masks of a checkpoint. Errors: BadInput where they are missing or belong to another step."""
+        """The masks of a checkpoint. Errors: BadInput if they are missing or belong to another step."""
         if not (folder / FILE).is_file():
-            why = f"training goes on at step {state.global_step}, and {folder.name} holds no {FILE}"
+            why = f"training resumes at step {state.global_step}, and {folder.name} holds no {FILE}"
             todo = "name its folder: TrainerPruning(checkpoint=...); or start again, if it was trained without masks"
             raise BadInput("the masks of the checkpoint are missing", why, todo)
         masks: dict[str, Tensor] = load_state(folder / FILE)
@@ -149,7 +149,7 @@ def _add_distillation(model: nn.Module, how: Distillation) -> RemovableHandle:
             return None
         loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
         if loss is None or logits is None:
-            why = "the model gave no loss and logits for this batch"
+            why = "the model returned no loss and logits for this batch"
             todo = "give labels in the batch, without label_smoothing_factor and compute_loss_func"
             raise RequestError("distillation adds to the loss that the model computes itself", why, todo)
         known = {name: value for name, value in keywords.items() if name not in ("labels", "num_items_in_batch")}
@@ -161,7 +161,7 @@ def _add_distillation(model: nn.Module, how: Distillation) -> RemovableHandle:
 
 
 def _mean(divergence: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """The mean over rows with a label, of the whole batch that the Trainer accumulates where it says how many."""
+    """The mean over rows with a label; over the full accumulated batch if the Trainer passes its number of items."""
     labels, items = keywords.get("labels"), keywords.get("num_items_in_batch")
     labeled = (
         labels.ne(-100).to(divergence) if isinstance(labels, Tensor) and labels.shape == divergence.shape else None

@@ -1,4 +1,4 @@
-"""Files and models: reading, writing, and what identifies a result."""
+"""Files and models: reading, writing, and the identity of results."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""A language model whose layers can take a constant: biases of zero, where its configuration has a switch for them."""
+"""Zero biases for the layers of a language model, by switches of its configuration, so that means can be folded."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _INSTEAD = "compensate by least squares: match_stream_"
 def with_biases(model: M, only: Sequence[str] = ("*down_proj", "*o_proj")) -> M:
     """A copy of a transformers model with biases of zero, which computes the same and loads with `from_pretrained`.
 
-    The switches of the configuration (`mlp_bias`, `attention_bias` or others) are not known by name: each that is off
-    is tried, and those count that add a bias to a layer of `only`, and nothing but biases. Other layers that the switch
-    covers get one too. Plan and shrink the copy, then `fold_means(small, copy, data, plan)` fills the biases.
+    The switches of the configuration (`mlp_bias`, `attention_bias` or others) are not known by name. Each switch that
+    is off is tried; it is used if it adds a bias to a layer of `only`, and only biases. Other layers of the same switch
+    get a bias too. Plan and shrink the copy, then `fold_means(small, copy, data, plan)` fills the biases.
 
     only: patterns of names of modules; each has to match a layer, all of which must have a bias in the end.
     Errors: NotSupported where the configuration has no such switch: use `match_stream_`, which needs no bias.
@@ -54,7 +54,9 @@ def with_biases(model: M, only: Sequence[str] = ("*down_proj", "*o_proj")) -> M:
 
 def _layers(model: nn.Module, only: Sequence[str]) -> list[str]:
     if not is_hugging_face(model):
-        raise NotSupported(f"{type(model).__name__} is no model of transformers", "it would not load again", _INSTEAD)
+        raise NotSupported(
+            f"{type(model).__name__} is not a model of transformers", "it would not load again", _INSTEAD
+        )
     named = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in only:
         if not any(fnmatchcase(name, pattern) for name in named):

@@ -65,7 +65,7 @@ PROGRAM = "program.pt2"
 
 @dataclass(frozen=True)
 class Saved:
-    """The files that were written. `reader`: `from_pretrained`, or `prunella.load`; `note` says why not the former."""
+    """The written files. `reader`: `from_pretrained` or `prunella.load`; `note`: why not `from_pretrained`."""
 
     path: Path
     bytes: int
@@ -89,13 +89,13 @@ def save(
     dense: nn.Module | None = None,
     overwrite: bool = False,
 ) -> Saved:
-    """Write `model` to the folder `path`, atomically, and check that it can be built again from there.
+    """Write `model` to the folder `path`, atomically, and check that it can be rebuilt from the folder.
 
-    plan: what was cut; needed when the model is smaller than what its factory builds. factory: makes the dense model;
-    a function, `package.module:function`, `timm:NAME` or `torchvision:NAME`, with JSON `kwargs`. Models of transformers
-    need none. source: the Hugging Face folder of the model, whose tokenizer is copied, unless tokens were pruned.
-    dense: the dense Hugging Face model, where pruning changed its configuration. A program is stored as one. Errors:
-    RequestError when the folder exists (unless `overwrite`) or the model cannot be rebuilt; BadInput for NaN.
+    plan: the plan of the cut; needed if the model is smaller than the one its factory builds. factory: makes the dense
+    model; a function, `package.module:function`, `timm:NAME` or `torchvision:NAME`, with JSON `kwargs`. Models of
+    transformers need none. source: the Hugging Face folder of the model; its tokenizer is copied, unless tokens were
+    pruned. dense: the dense Hugging Face model, if pruning changed its configuration. A program is stored as a program.
+    Errors: RequestError if the folder exists (unless `overwrite`) or the model cannot be rebuilt; BadInput for NaN.
 
     Example:
 
@@ -115,7 +115,7 @@ def save(
 
 @dataclass
 class Draft:
-    """An artefact in a temporary folder, to which files may be added. `saved` says what is written so far."""
+    """An artifact in a temporary folder, to which files may be added. `saved` says what is written so far."""
 
     folder: Path
     saved: Saved
@@ -133,7 +133,7 @@ def drafted(
     dense: nn.Module | None = None,
     overwrite: bool = False,
 ) -> Iterator[Draft]:
-    """As `save`, but the folder gets its name when the block ends, with the files that the block has added."""
+    """Like `save`, but the folder gets its final name at the end of the block, with the files that the block added."""
     model = with_plain_weights(model)
     check_apart(path, source)
     state = read_state(model)
@@ -159,7 +159,7 @@ def drafted(
 
 
 def saved_in(folder: Path, path: str | os.PathLike[str], *, reader: str = "", note: str = "") -> Saved:
-    """The record of an artefact in the temporary folder `folder`, which will be renamed to `path`."""
+    """The record of an artifact in the temporary folder `folder`, which will be renamed to `path`."""
     total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
     reader = reader or ("from_pretrained" if (folder / "config.json").is_file() else "prunella.load")
     return Saved(Path(path), total, tuple(names), reader, note)
@@ -171,8 +171,9 @@ def load(
     """Build the model in the folder `path` again, in eval mode; the original weights are not needed.
 
     Models of transformers, and those saved with a timm or torchvision name, need nothing else. For others, pass the
-    `factory`: a manifest is data, and code that it names is never imported. Errors: BadInput when a file is missing,
-    cut short, changed, of a newer format, or does not fit the model that the factory builds.
+    `factory`: a manifest is data, and code named in it is never imported. Errors: BadInput if a file is missing, cut
+    short, changed, of a newer format, or does not fit the model of the factory.
+    device: the device of the loaded model.
 
     Example:
 
@@ -186,7 +187,7 @@ def load(
     manifest = read_manifest(folder)
     if "sparse" in manifest:
         todo = "read it with prunella.runtime.load_sparse"
-        raise RequestError(f"{folder} holds a model that skips its zeros", "its weights are packed", todo)
+        raise RequestError(f"{folder} holds a model with sparse kernels", "its weights are packed", todo)
     check_weights(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     return rebuild(folder, manifest, read_data(folder, manifest), factory).to(device).eval()
 
@@ -307,7 +308,7 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
             manifest["dropped"], manifest["lists"] = {}, []
             return ""
         (folder / "config.json").unlink()
-        failed = "what it builds does not give the same output"
+        failed = "its model does not give the same output"
     manifest["per_layer_config"] = per_layer_config(origin, model, small, sizes, kept)
     return f"plain from_pretrained cannot read it: {failed}"
 
@@ -315,7 +316,7 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
 def _described(
     origin: Mapping[str, Any], model: nn.Module, plan: Plan | None
 ) -> tuple[Mapping[str, Any], Shapes, Sizes]:
-    """The origin with tokens and depth as they are now, the shapes of the model, and the sizes that are others."""
+    """The origin with the present tokens and depth, the shapes of the model, and the changed sizes."""
     origin = {**origin, "config": with_tokens(origin["config"], model.config)}
     if plan is not None and plan.dropped:
         origin = {**origin, "config": shallower(origin["config"], plan.attributes, plan.changes.lists)}
@@ -336,7 +337,7 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
 
 
 def _copy_extras(source: str | os.PathLike[str] | None, folder: Path, *, renumbered: bool) -> None:
-    """Files that stay true of the smaller model; a tokenizer of other numbers does not."""
+    """Copy files that remain valid for the smaller model; the tokenizer does not if tokens were renumbered."""
     if source is None:
         return
     if not Path(source).is_dir():

@@ -1,8 +1,8 @@
-"""Checkpoints as training loops write them: which entry holds the weights, and what wraps their names.
+"""Checkpoints of training loops: the entry with the weights, and the prefixes of their names.
 
-A file may hold one state dict, or several beside an epoch, an optimizer and settings. Names may have one prefix in
-common (`module.`, `model.`) and the segments that a wrapper of torch adds anywhere. Nothing is guessed in silence: the
-caller is told what was taken, and what is ambiguous is refused.
+A file may hold one state dict, or several, next to an epoch, an optimizer and settings. Names may share a prefix
+(`module.`, `model.`) and contain segments added by torch's wrappers. Every choice is reported to the caller, and
+ambiguous checkpoints are refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from prunella.io.kind_of_path import refuse_other_kind
 from prunella.model.unwrap import WRAPPER_SEGMENTS
 
 Tell = Callable[[str], None]
-"""Takes one line for the user."""
+"""Receives one line for the user."""
 _COUNTERS = frozenset(("n_averaged",))
-"""Buffers that a wrapper adds beside the model."""
+"""Buffers that a wrapper adds to those of the model."""
 
 
 def read_pickled(file: Path, *, allow_pickle: bool) -> Any:
@@ -33,14 +33,14 @@ def read_pickled(file: Path, *, allow_pickle: bool) -> Any:
     if not allow_pickle:
         what = f"refused to read {file}"
         refuse_other_kind(file, "torch", what=what, give="give a safetensors file, or one that torch.save wrote")
-        why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
+        why = f"{file.suffix or 'this'} is not a safetensors file; a pickle can run code when read"
         todo = "convert it, or allow it (--allow-pickle, allow_pickle=True): tensors and plain data only are read"
         raise BadInput(what, why, todo)
     return load_tensors_only(file)
 
 
 def weight_sets(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
-    """Entry -> the state dict in it; the entry "" where the checkpoint itself is one."""
+    """Entry -> the state dict in it; the entry "" if the checkpoint itself is a state dict."""
     inner = {str(key): _tensors(value) for key, value in content.items() if isinstance(value, Mapping)}
     found = {key: tensors for key, tensors in {"": _tensors(content), **inner}.items() if tensors}
     return found or _nested_twice(content)
@@ -75,7 +75,7 @@ def pick_weights(content: Any, own: Mapping[str, Tensor], *, where: str, key: st
 
 
 def only_weights(content: Mapping[Any, Any], where: str) -> dict[str, Tensor]:
-    """The one state dict of a checkpoint, for which no model is at hand. Errors: as for `pick_weights`."""
+    """The single state dict of a checkpoint, without a model to compare with. Errors: as for `pick_weights`."""
     sets = sets_at(content, "", where)
     most = max(len(tensors) for tensors in sets.values())
     largest = [entry for entry, tensors in sets.items() if len(tensors) == most]
@@ -104,7 +104,7 @@ def _several(entries: list[str], where: str) -> RequestError:
 
 @dataclass(frozen=True)
 class Names:
-    """How the names of a checkpoint become those of a model. fit: how many of them the model has."""
+    """The mapping from names of a checkpoint to names of a model. fit: number of names that the model has."""
 
     taken_off: str = ""
     put_on: str = ""
@@ -113,7 +113,7 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str], own: frozenset[str]) -> Names:
-        """The renaming after which most names are names of the model; of equal ones the plainest."""
+        """The renaming with the most names of the model; the simplest among equal ones."""
         names = tuple(names)
         renamings = [cls(wrapped=wrapped) for wrapped in (False, True)]
         for wrapped in (False, True):
@@ -142,7 +142,7 @@ class Names:
         weights = {n: v for n, v in tensors.items() if not (n.rpartition(".")[2] in _COUNTERS and v.dim() == 0)}
         renamed = {self.read(name): value for name, value in weights.items()}
         if len(renamed) < len(weights):
-            why = "they differ in what wraps the model only"
+            why = "they differ only in the segments of wrappers"
             raise BadInput(f"two names of {where} mean one weight", why, "save the bare model's state_dict()")
         return renamed
 
@@ -160,7 +160,7 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _tensors(value: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The named tensors of a state dict; none if it holds mappings or lists beside them, as an optimizer's does."""
+    """The named tensors of a state dict; none if it also holds mappings or lists, as an optimizer's state does."""
     return {str(name): entry for name, entry in value.items() if isinstance(entry, Tensor) and isinstance(name, str)}
 
 

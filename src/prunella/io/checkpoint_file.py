@@ -1,4 +1,4 @@
-"""Checkpoints of torch, read as tensors and plain data only, and only once their sizes have been checked."""
+"""Checkpoints of torch, read as tensors and plain data only, after a check of their sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_tensors_only(file: Path) -> Any:
     costs nothing until somebody copies it.
     """
     what = f"cannot read {file} as tensors and plain data"
-    todo = "save model.state_dict() alone, not the model or other objects beside it"
+    todo = "save model.state_dict() alone, without the model or other objects"
     if not _is_checkpoint(check_regular(file, what)):
         give = "give a file that torch.save wrote of model.state_dict()"
         refuse_other_kind(file, "torch", "object", what=what, give=give)
@@ -48,7 +48,7 @@ def load_tensors_only(file: Path) -> Any:
 
 
 def _is_checkpoint(file: Path) -> bool:
-    """Whether its beginning is one of torch.save. What it holds is the reader's to refuse."""
+    """Whether the file begins like one of torch.save. The reader checks its contents."""
     with reading(file), file.open("rb") as opened:
         head = opened.read(2)
     return head[:1] == b"\x80"

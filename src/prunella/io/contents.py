@@ -135,7 +135,7 @@ class Contents:
             self.write(held)
 
     def _write_code(self, code: CodeType) -> None:
-        """Instructions, names and constants: neither comments nor where the function stands count."""
+        """Write instructions, names and constants, without comments and line numbers."""
         self.put("code", code.co_code, *code.co_names, *code.co_varnames)
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
@@ -144,7 +144,7 @@ class Contents:
                 self.write(constant)
 
     def _write_state(self, value: Any) -> None:
-        """The attributes of what a method is bound to."""
+        """Write the attributes of the object to which a method is bound."""
         if isinstance(value, nn.Module):
             self.write(value)
         elif is_dataclass(value):
@@ -175,7 +175,7 @@ class Contents:
 
     @contextmanager
     def _inside(self, value: object) -> Iterator[int | None]:
-        """Remember that `value` is being written; how deep it is already, if it is."""
+        """Mark `value` as being written; yields its depth if it already is."""
         again = self._open.index(id(value)) if id(value) in self._open else None
         self._open.append(id(value))
         try:
@@ -184,17 +184,17 @@ class Contents:
             self._open.pop()
 
     def _apart(self, value: object) -> bytes:
-        """The digest of one item of a set, whose order means nothing."""
+        """The digest of one item of a set, which has no order."""
         apart = Contents(self._write_model)
         apart.write(value)
         return apart.state.digest()
 
 
 def _dense_parts(value: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold what a tensor holds."""
+    """The plain tensors with the contents of a tensor."""
     if type(value) not in (Tensor, nn.Parameter):
         if not hasattr(value, "__tensor_flatten__"):
-            why = f"it is a {type(value).__name__}, whose contents only its own library knows"
+            why = f"it is a {type(value).__name__}, with contents that only its own library can read"
             raise NotSupported("a tensor cannot be identified", why, "give it as a plain tensor")
         for name in value.__tensor_flatten__()[0]:
             yield from _dense_parts(getattr(value, name))

@@ -1,4 +1,4 @@
-"""Kept positions of a plan as JSON: runs of neighbors, each list once."""
+"""Kept positions of a plan as JSON: runs of consecutive positions, equal lists once."""
 
 from __future__ import annotations
 

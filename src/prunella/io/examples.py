@@ -1,4 +1,4 @@
-"""Example inputs: read from text such as `1x3x224x224`, or taken from what the model says of itself."""
+"""Example inputs: read from text such as `1x3x224x224`, or taken from the model's own description."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _DTYPES = {
 
 
 def example_inputs(model: nn.Module, spec: str, shapes: Sequence[str] | None = None, *, seed: int = 0) -> Inputs:
-    """Inputs to trace the model with: from `shapes`, or from what the model or its file says of itself.
+    """Inputs to trace the model with: from `shapes`, or from the description of the model or its file.
 
     One unnamed shape gives a tensor, several a tuple, named ones a mapping of keyword arguments. Floating inputs are
     normal noise; integers are indices that fit the smallest embedding of the model.
@@ -48,7 +48,7 @@ def example_inputs(model: nn.Module, spec: str, shapes: Sequence[str] | None = N
     example = _own_example(model, spec, generator)
     if example is None:
         todo = f"give --inputs, for example --inputs {shape_for(model)}"
-        raise RequestError(f"no example input for {spec}", "the model does not say what it takes", todo)
+        raise RequestError(f"no example input for {spec}", "the model does not describe its inputs", todo)
     return example
 
 
@@ -107,7 +107,7 @@ def _image_of(model: nn.Module, spec: str, generator: torch.Generator) -> Inputs
 
 
 def _of_config(model: nn.Module, generator: torch.Generator) -> Inputs | None:
-    """A Hugging Face model says the name of its main input; its config says the sizes."""
+    """Inputs of a Hugging Face model: it has the name of its main input; its config has the sizes."""
     name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
     if config is None or name is None:
         return None
@@ -131,7 +131,7 @@ _WEIGHTED = (
 
 
 def _first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first layer, in the order of the modules, that says what it takes."""
+    """The first layer, in the order of the modules, with a known input shape."""
     return next(((name, module) for name, module in model.named_modules() if isinstance(module, _WEIGHTED)), None)
 
 
@@ -141,7 +141,7 @@ def _first(model: nn.Module) -> str:
 
 
 def shape_for(model: nn.Module) -> str:
-    """A shape that the first layer of a model would take, to be typed: a guess, for advice."""
+    """A shape, as text, that the first layer of a model would accept: a guess for advice."""
     found = _first_layer(model)
     layer = found[1] if found else None
     if isinstance(layer, nn.Embedding):
@@ -166,7 +166,7 @@ def shape_for(model: nn.Module) -> str:
 
 
 def check_forward(model: nn.Module, inputs: Inputs) -> None:
-    """Run the model once on the example, so that a wrong shape is told before anything else is tried."""
+    """Run the model once on the example, so that a wrong shape is reported first."""
     said = ", ".join(
         "x".join(map(str, tensor.shape)) + f":{str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors(inputs)
     )

@@ -1,4 +1,4 @@
-"""Write a model in a format of others, open it again with that format's own reader, and compare.
+"""Export a model to a common format, read it back with that format's own reader, and compare.
 
 safetensors  the state dict            pt2  torch.export, any batch size where the model allows       onnx  torch.onnx
 """
@@ -38,10 +38,10 @@ _LARGEST_PROTOBUF = 1_900_000_000
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written, and how it was checked.
+    """The written file, and the checks that it passed.
 
-    difference: between the model and `reader` on the example, relative; None where the format holds tensors only.
-    dynamic: any batch size is accepted. zeros: zero weights found again in place, byte for byte, of `zeros_before`.
+    difference: relative difference between the model and `reader` on the example; None if the format holds only
+    tensors. dynamic: any batch size is accepted. zeros: zero weights at the same place in the file, of `zeros_before`.
     """
 
     path: Path
@@ -62,11 +62,11 @@ class Exported:
 def export(
     model: nn.Module, path: str | os.PathLike[str], *, inputs: Inputs | None = None, format: Format | None = None
 ) -> Exported:
-    """Write `model` in eval mode to one file. The file appears only when its reader gave the same output.
+    """Write `model` in eval mode to one file. The file appears only if its reader gives the same output.
 
     inputs: an example, needed for pt2 and onnx. format: by the suffix of `path` unless given. Errors: RequestError
-    for an unknown format or a missing example, MissingExtra without onnx, NotSupported when torch cannot export the
-    model, CheckFailed when the reader computes something else or zeros were lost.
+    for an unknown format or a missing example, MissingExtra without onnx, NotSupported if torch cannot export the
+    model, CheckFailed if the reader computes something else or zeros were lost.
 
     Example:
 
@@ -125,7 +125,7 @@ def _safetensors(model: nn.Module, file: Path) -> tuple[int, int]:
 
 def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
     program, dynamic = capture(model, example)
-    # An example would be stored as a pickle, and stack traces would tell the folders of this machine.
+    # An example would be stored as a pickle, and stack traces would reveal the folders of this machine.
     program._example_inputs = None
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -189,9 +189,9 @@ def _initializers(file: Path) -> dict[str, Tensor]:
 
 
 def _zeros(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Zero weights that are zero in `state` at the same place, and all of those looked for.
+    """Number of zero weights that are zero in `state` at the same place, and number of zero weights compared.
 
-    A weight that the format folded into another or renamed is not looked for; the output check covers it.
+    A weight that the format folded into another or renamed is not compared; the check of the output covers it.
     """
     kept = total = 0
     for name, weight in model.named_parameters():

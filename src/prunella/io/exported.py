@@ -1,7 +1,7 @@
-"""Open an exported program (`.pt2`) without running code that it might bring.
+"""Open an exported program (`.pt2`) without running code from the file.
 
 `torch.export.load` falls back to full unpickling for some parts and evaluates shape expressions, so a file from a
-stranger can run code. The parts are looked at first: raw tensors, JSON and tensor-only samples pass, the rest does not.
+stranger can run code. The parts are checked first: raw tensors, JSON and tensor-only samples pass, all else is refused.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _READS = re.compile(
 # names of modules in an input structure, which the reader would import
 _IMPORTS = ("__enum__", "default_factory_module")
 _DEEPEST = 300
-"""Of the JSON: programs hold programs."""
+"""Deepest nesting of the JSON: programs contain programs."""
 _EXPRESSION = re.compile(r"(?!.*__)(?!.*\.\s*[A-Za-z_])[\w\s+\-*/%().,<>=!&|~]*")
 
 
 def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module, tuple[Any, ...] | None]:
     """The program as a module whose sizes can follow a cut, and the example inputs it was exported with.
 
-    Raises BadInput for a file that is truncated, is no program, or holds pickles (unless `allow_pickle`).
+    Errors: BadInput for a file that is truncated, is not a program, or holds pickles (unless `allow_pickle`).
     """
     if not path.is_file():
         raise BadInput(f"no file at {path}", described_path(path), "give a .pt2 file written by torch.export.save")
@@ -94,7 +94,7 @@ def _refuse_pickles(path: Path) -> None:
 def _harmless(archive: zipfile.ZipFile, name: str) -> bool:
     tail = "/" + name.partition("/")[2]
     if tail.endswith(".json"):
-        # A key that is there twice could mean one thing here and another to torch's reader.
+        # A duplicate key could mean one value here and another to torch's reader.
         return _harmless_json(decode(_part(archive, name), deepest=_DEEPEST, allow_nan=True))
     if _SAMPLES.search(tail):
         return _tensors_only(archive.read(name))
@@ -122,6 +122,6 @@ def _tensors_only(data: bytes) -> bool:
         return True
     try:
         torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except Exception:  # what cannot be read this way is not read at all
+    except Exception:  # a part that cannot be read this way is refused
         return False
     return True

@@ -1,6 +1,6 @@
-"""Files that are either there and complete, or not there: temporary name, fsync, rename.
+"""Atomic writes: a file is complete or absent, by a temporary name, fsync and rename.
 
-A name that comes out of a file (a manifest, say) is data: `plain_name` refuses one that would be a path.
+A name read from a file such as a manifest is data: `plain_name` refuses one that would be a path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prunella.io.lock import lock_file, locked
 from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
 
 MARKER = "manifest.json"
-"""The file that makes a folder an artefact; it is written last, so a folder without it is not finished."""
+"""The file that marks a folder as an artifact; it is written last, so a folder without it is incomplete."""
 
 _BLOCK = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -90,9 +90,9 @@ def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Itera
 
 
 class ErrorDeferringStream(io.RawIOBase):
-    """Writes to another stream; an error of the system is kept for `check`, and what is written after it is dropped.
+    """Writes to another stream; a system error is stored for `check`, and later writes are discarded.
 
-    torch's archive writer ends the process when a write raises.
+    torch's archive writer terminates the process if a write raises.
     """
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -103,19 +103,19 @@ class ErrorDeferringStream(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """As the stream is."""
+        """Whether the wrapped stream is seekable."""
         return self._stream.seekable()
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Go to a place in the stream."""
+        """Move to a position of the stream."""
         return self._stream.seek(offset, whence)
 
     def tell(self) -> int:
-        """The place in the stream."""
+        """The position in the stream."""
         return self._stream.tell()
 
     def write(self, data: Any) -> int:
-        """Write, or pass over the data after an error."""
+        """Write, or discard the data after an error."""
         try:
             if not self._errors:
                 self._stream.write(data)
@@ -124,14 +124,14 @@ class ErrorDeferringStream(io.RawIOBase):
         return len(data)
 
     def check(self) -> None:
-        """Raise the error of the system if there was one."""
+        """Raise the stored system error, if there was one."""
         if self._errors:
             raise self._errors[0]
         self._stream.flush()
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder `path`, made with its parents if it is not there, all on the disk. Errors: as `writing`."""
+    """Create the folder `path` with its parents if necessary, flushed to the disk. Errors: as `writing`."""
     with writing(path):
         whole = Path(path).absolute()
         missing = [place for place in (whole, *whole.parents) if not place.exists()]
@@ -144,12 +144,12 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def write_atomic(
     path: str | os.PathLike[str], content: bytes | Callable[[Path], object], *, size: int | None = None
 ) -> Path:
-    """Write a file so that readers see the old one or the whole new one.
+    """Write a file so that readers see the old one or the complete new one.
 
-    `content` is the bytes, or a function that writes the file it is given. size: its bytes, where they are known. A new
-    file has the mode that the umask gives, and one that exists keeps its own. What killed processes have left in the
-    folder is cleaned up. Errors: RequestError when `path` is a folder or its folder cannot be written; OutOfResources
-    when the disk is full; whatever else `content` raises. A failure leaves an existing file as it was.
+    `content` is the bytes, or a function that writes the given file. size: its number of bytes, if known. A new file
+    gets its mode from the umask, and an existing one keeps its mode. Temporary files of killed processes in the folder
+    are removed. Errors: RequestError if `path` is a folder or its folder is not writable; OutOfResources if the disk is
+    full; those of `content`. A failure leaves an existing file unchanged.
     """
     final = Path(path)
     if final.is_dir():
@@ -180,10 +180,10 @@ def copy_file(source: Path, path: Path) -> Path:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder next to `path`; becomes `path` when the block ends well, and vanishes when it does not.
+    """A temporary folder next to `path`; it becomes `path` if the block succeeds, and is removed otherwise.
 
-    Errors: before the block runs, RequestError when `path` holds something or cannot be made, Locked while another run
-    writes it; OutOfResources when the disk is full.
+    Errors: before the block runs, RequestError if `path` is not empty or cannot be created, Locked while another run
+    writes it; OutOfResources if the disk is full.
     """
     final = Path(path)
     clean_up_after_kill(final)
@@ -201,7 +201,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 
 def clean_up_after_kill(final: Path) -> None:
-    """Take over and give back the lock that a killed writer of `final` has left, and remove its temporary folder."""
+    """Release the lock of a killed writer of `final`, and remove its temporary folder."""
     if lock_file(final).exists():
         with suppress(PruningError), locked(final):
             clean_up(final.parent, of=final)
@@ -210,7 +210,7 @@ def clean_up_after_kill(final: Path) -> None:
 def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> Path:
     """Rename a finished folder to its final name, everything in it on the disk first, the marker last.
 
-    With `overwrite`, an older artefact of that name is exchanged in one step where the system can do that, else moved
+    With `overwrite`, an older artifact of that name is exchanged in one step where the system can do that, else moved
     aside first and moved back if anything fails. Only an empty folder or one with a marker is ever replaced.
     """
     check_free(final, overwrite=overwrite)
@@ -229,7 +229,7 @@ def swap_in(temporary: Path, final: Path) -> None:
 
 
 def flush_all(folder: Path) -> None:
-    """Everything in a folder on the disk, the marker last."""
+    """Flush everything in a folder to the disk, the marker last."""
     inside = sorted(folder.rglob("*"))
     for file in sorted((file for file in inside if file.is_file()), key=lambda file: file.name == MARKER):
         flush(file)
@@ -238,7 +238,7 @@ def flush_all(folder: Path) -> None:
 
 
 def check_free(final: Path, *, overwrite: bool = False, marker: str = MARKER) -> None:
-    """`RequestError` unless a folder may be written at `final`; writes nothing. marker: a file that ours have."""
+    """Errors: RequestError unless a folder may be written at `final`. marker: a file that prunella's folders have."""
     if not final.exists():
         return
     if not final.is_dir():
@@ -254,9 +254,9 @@ def check_free(final: Path, *, overwrite: bool = False, marker: str = MARKER) ->
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
-    """A kill leaves the old folder or the new one, or the old one aside, which `clean_up` moves back."""
+    """Replace the old folder; after a kill either folder is there, or the old one aside, which `clean_up` restores."""
     if _exchange(temporary, final):
-        flush(final.parent)  # the new one is there for good before the old one goes
+        flush(final.parent)  # the new folder is durable before the old one is removed
         shutil.rmtree(temporary, ignore_errors=True)
         return
     aside = name_aside(final)

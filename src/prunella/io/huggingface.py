@@ -1,4 +1,4 @@
-"""A folder that plain `from_pretrained` reads, where the configuration can say what was cut.
+"""Folders that plain `from_pretrained` reads, if the configuration can describe the cut.
 
 `planning.config_search` finds the configuration; here it is written, and read back by plain `from_pretrained`.
 """
@@ -23,7 +23,7 @@ from prunella.planning.config_search import ConfigPath, Shapes, Sizes, search, s
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 WITHOUT_TOKENS = ("preprocessor_config.json", "processor_config.json")
 COMPANIONS = (*_TOKENIZER, "chat_template*", "generation_config.json", *WITHOUT_TOKENS)
-"""Files next to the weights that stay true of a pruned model."""
+"""Files next to the weights that remain valid for a pruned model."""
 
 
 def built_shapes(origin: Mapping[str, Any], config: Mapping[str, Any], part: str = "") -> dict[str, tuple[int, ...]]:
@@ -62,7 +62,7 @@ def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
             again = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             device = next(iter(model.parameters())).device
             outputs, expected = (outputs_of(m, inputs) for m in (again.to(device).eval(), model))
-        except Exception:  # a probe: whatever it raises, plain from_pretrained does not read this folder
+        except Exception:  # a probe: on any error plain from_pretrained does not read this folder
             return False
     return relative_error(expected, outputs) <= 1e-5
 

@@ -1,6 +1,6 @@
-"""What decides a result, as one digest: a run is resumed only by the model, data, recipe and metric that began it.
+"""Everything that determines a result, as one digest: a run resumes only with the same model, data, recipe and metric.
 
-An `Identity` keeps the parts beside the joint digest, so that a refusal names what has changed. The digest of a value:
+An `Identity` stores the parts next to the joint digest, so that a refusal names the changes. The digest of a value:
 
 - tensors and arrays: type, shape and every byte, read in chunks; models: `model_parts`;
 - plain data, lists, mappings, sets, dataclasses: their contents; a mapping with text keys in the order of its keys;
@@ -27,18 +27,18 @@ from prunella.model.masks import masks_of
 from prunella.model.unwrap import unwrap
 
 _SHORT = 80
-"""Plain values of so many characters stand in an identity as they are, so that a refusal can show them."""
+"""Plain values of at most this many characters are stored as they are, so that a refusal can show them."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Part of a request -> its digest, or the value itself where it is plain and short."""
+    """Part of a request -> its digest, or the value itself if it is plain and short."""
 
     parts: Mapping[str, str]
 
     @cached_property
     def digest(self) -> str:
-        """The digest of all parts, whatever their order."""
+        """The digest of all parts, independent of their order."""
         return sha256(json.dumps(dict(self.parts), sort_keys=True).encode()).hexdigest()
 
     def plus(self, parts: Mapping[str, object]) -> Identity:
@@ -116,7 +116,7 @@ def _described(module: nn.Module) -> list[object]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    """Whether a plain attribute may decide what a module computes. `training` has a part of its own."""
+    """Whether a plain attribute may affect the outputs of a module. `training` is a separate part."""
     plain = isinstance(value, bool | int | float | str | torch.dtype)
     sizes = isinstance(value, tuple) and all(isinstance(item, int | float) for item in value)
     return not name.startswith("_") and name != "training" and (plain or sizes)

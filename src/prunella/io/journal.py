@@ -1,10 +1,9 @@
-"""What a run has finished, on disk: SQLite records that a killed run goes on from, never truncated, never deleted.
+"""The finished work of a run, on disk: SQLite records from which a killed run resumes, never truncated or deleted.
 
 A file `journal.sqlite`. A record is `(identity, key) -> JSON`; of two with the same key the later one counts. A
 record is on the disk (`synchronous=FULL`) before `add` returns. Each carries a digest over itself and the record before
-it, and the head says how many there are and which is the last, so that a changed byte or a record that has gone is
-found. A file that cannot be read is an error, and stays as it is. One process at a time has a journal open: see
-`io/lock.py`.
+it, and the head stores their number and the last digest, so that a changed byte or a missing record is detected. A file
+that cannot be read is an error, and is not changed. One process at a time has a journal open: see `io/lock.py`.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ _ROOM = 1 << 16
 _MAGIC = b"SQLite format 3\0"
 _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
          sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
-"""Errors of the disk or its permissions; any other is one of the file."""
+"""Errors of the disk or its permissions; all others are errors of the file."""
 _WRITES = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC,
            sqlite3.SQLITE_IOERR_TRUNCATE}  # fmt: skip
-"""SQLite hides the number of the system's error, which may be the limit of the size of files."""
-_NO_ROOM = "the limit of the size of files (ulimit -f) allows no more bytes of it"
+"""SQLite hides the number of the system error, which may be the limit on file sizes."""
+_NO_ROOM = "the limit on file sizes (ulimit -f) allows no more bytes of it"
 
 
 class Journal:
@@ -76,7 +75,7 @@ class Journal:
             else:
                 self._add_head()
             database.execute("PRAGMA journal_mode = WAL")  # stays what it was where the file system has no such memory
-            database.execute("PRAGMA wal_autocheckpoint = 1")  # so that the file alone holds all but the last record
+            database.execute("PRAGMA wal_autocheckpoint = 1")  # then only the last record may be outside the file
             database.execute("PRAGMA synchronous = FULL")
 
     def known(self, identity: Identity, key: str) -> dict[str, Any] | None:
@@ -88,7 +87,7 @@ class Journal:
         return [key for digest, key in self._known if digest == identity.digest]
 
     def add(self, identity: Identity, key: str, payload: Payload) -> None:
-        """Record a payload; it is on the disk when this returns. Errors: RequestError for what is no plain data."""
+        """Record a payload; it is on the disk when this returns. Errors: RequestError for what is not plain data."""
         text = _encoded(key, payload)
         chain = _link(self._chain, identity.digest, key, text)
         with self._transaction() as database:
@@ -101,7 +100,7 @@ class Journal:
         self._known[identity.digest, key] = _decoded(decode(text))
 
     def introduce(self, identity: Identity) -> None:
-        """Record what an identity consists of, so that a later refusal can name what differs."""
+        """Record the parts of an identity, so that a later refusal can name the differences."""
         if identity.digest not in self.identities:
             with self._transaction():
                 self._insert_identity(identity)
@@ -110,7 +109,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the block is on the disk, or nothing."""
+        """A transaction: the changes of the block reach the disk together, or not at all."""
         with _told(self.path):
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -131,7 +130,7 @@ class Journal:
         self._database.execute("UPDATE head SET records = ?, identities = ?, chain = ?", row)
 
     def _check_head(self) -> None:
-        """Whether the head tells of the records and identities that are there. Errors: BadInput."""
+        """Check that the head agrees with the records and identities. Errors: BadInput."""
         rows = self._database.execute("SELECT records, identities, chain FROM head").fetchall()
         if rows != [(self._count, _all_of(self.identities), self._chain)]:
             raise _damaged(self.path, "its last records are not the ones that were written last")
@@ -161,7 +160,7 @@ class Journal:
 
 
 class Records:
-    """The records of one identity; without a journal they live as long as the process. Made by `open_records`."""
+    """The records of one identity; without a journal only in memory. Made by `open_records`."""
 
     def __init__(self, journal: Journal | None, identity: Identity | None) -> None:
         self._journal, self._identity = journal, identity
@@ -173,7 +172,7 @@ class Records:
 
     @property
     def kept(self) -> bool:
-        """Whether they are kept on the disk."""
+        """Whether the records are on the disk."""
         return self._journal is not None
 
     def __contains__(self, key: str) -> bool:
@@ -193,21 +192,21 @@ class Records:
         self.added += 1
 
     def number(self, key: str, make: Callable[[], float]) -> float:
-        """The number of that key: the recorded one, else the one that `make` gives, recorded. All digits are kept."""
+        """The recorded number of that key; if there is none, that of `make`, which is recorded with all digits."""
         if key not in self._known:
             self.add(key, {"value": float(make())})
         value = self._known[key].get("value")
         if not isinstance(value, float):
-            raise BadInput(f"the record {key!r} is no number", f"found {value!r}", "choose another folder")
+            raise BadInput(f"the record {key!r} is not a number", f"found {value!r}", "choose another folder")
         return value
 
 
 @contextmanager
 def open_journal(folder: str | os.PathLike[str]) -> Iterator[Journal]:
-    """The journal of a folder, new or old, locked while the block runs.
+    """The journal of a folder, new or existing, locked while the block runs.
 
-    Errors: Locked while another process has it; BadInput when it cannot be read; RequestError for one of prunella 0.1
-    or where the folder cannot be written.
+    Errors: Locked while another process has it; BadInput if it cannot be read; RequestError for one of prunella 0.1
+    or if the folder is not writable.
     """
     path = Path(folder) / NAME
     with locked(path):
@@ -222,9 +221,9 @@ def open_journal(folder: str | os.PathLike[str]) -> Iterator[Journal]:
 
 @contextmanager
 def open_records(folder: str | os.PathLike[str] | None, identify: Callable[[], Identity]) -> Iterator[Records]:
-    """The records of the run in a folder; without a folder in memory only, and then nothing is identified.
+    """The records of the run in a folder; without a folder only in memory, and without an identity.
 
-    Errors: RequestError, with what differs, when the folder holds a run of another identity; those of `open_journal`.
+    Errors: RequestError, with the differences, if the folder holds a run of another identity; those of `open_journal`.
     """
     if folder is None:
         yield Records(None, None)
@@ -237,19 +236,19 @@ def open_records(folder: str | os.PathLike[str] | None, identify: Callable[[], I
 
 
 def check_same(journal: Journal, identity: Identity) -> None:
-    """RequestError, with what differs, unless the journal is empty or knows this identity."""
+    """Errors: RequestError, with the differences, unless the journal is empty or has this identity."""
     if not journal.identities or identity.digest in journal.identities:
         return
     last = list(journal.identities.values())[-1]
     why = f"it holds another run: {last.difference(identity)}"
-    todo = f"do what was done there, choose another folder, or remove {journal.path.parent} to start again"
+    todo = f"repeat the earlier call unchanged, choose another folder, or remove {journal.path.parent} to start again"
     raise RequestError(f"{journal.path} is not continued", why, todo)
 
 
 def _create(path: Path) -> None:
     """A journal without records, complete before it has its name: an empty file is a damaged one."""
     with _told(path), closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.execute("PRAGMA journal_mode = OFF")  # a file that has no name yet needs no way back
+        database.execute("PRAGMA journal_mode = OFF")  # a file without its final name needs no rollback
         database.executescript(f"BEGIN; {_SCHEMA} {_HEAD} COMMIT;")
 
 
@@ -263,7 +262,7 @@ def _check_format(path: Path, database: sqlite3.Connection) -> int:
         database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
     )
     if application != APPLICATION:
-        raise BadInput(f"{path} is no journal of prunella", "another program wrote it", "choose another folder")
+        raise BadInput(f"{path} is not a journal of prunella", "another program wrote it", "choose another folder")
     if form > FORMAT:
         why = f"its format is {form}, and this version reads {FORMAT}"
         raise BadInput(f"{path} is of a newer prunella", why, "install that version, or choose another folder")
@@ -291,7 +290,7 @@ def _own_objects(form: int) -> set[tuple[Any, ...]]:
 def _refuse_former(folder: Path) -> None:
     for name in FORMER:
         if (folder / name).exists():
-            why = f"{name} was written by prunella 0.1, whose records do not say all that they depend on"
+            why = f"{name} was written by prunella 0.1, whose records do not state everything they depend on"
             raise RequestError(f"the run in {folder} is not continued", why, "choose another folder")
 
 
@@ -338,13 +337,13 @@ def _decoded(value: Any) -> Any:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Errors of SQLite, and of the data in it, as errors of prunella."""
+    """Translate errors of SQLite, and of the data in it, to errors of prunella."""
     try:
         yield
     except sqlite3.Error as error:
         whole = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
         code = whole & 0xFF
-        if code == sqlite3.SQLITE_IOERR:  # SQLite keeps the system's number to itself: it shows in a file beside
+        if code == sqlite3.SQLITE_IOERR:  # SQLite hides the system's error number; a write to another file shows it
             _try_to_write(path)
         if whole in _WRITES and _at_limit(path):
             raise system_error(OSError(errno.EFBIG, _NO_ROOM), f"cannot write {path}", "") from error
@@ -359,7 +358,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _try_to_write(path: Path) -> None:
-    """Write as much as a record may need to a file beside the journal. Errors: OutOfResources for want of room."""
+    """Write the size of a record to a file next to the journal. Errors: OutOfResources if there is no room."""
     with writing(path, needed=_ROOM):
         trial = temporary_file(path)
         try:
@@ -370,7 +369,7 @@ def _try_to_write(path: Path) -> None:
 
 
 def _at_limit(path: Path) -> bool:
-    """Whether the limit of the size of files leaves no room for a record; a file beside may have room."""
+    """Whether the limit on file sizes leaves no room for a record in this file."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -1,12 +1,12 @@
-"""The one reader of JSON, and the one writer. What a file says is data: its size, depth, keys and types are checked.
+"""The reader and the writer of all JSON. Files are untrusted: size, depth, keys and types are checked.
 
     fields = read_object(folder / "manifest.json")
     fields.integer("format", low=1)             # BadInput names the file, the key, what was found and expected
     fields.section("origin").text("kind")
 
-A reader refuses text that is too long or too deep, would take too much memory, is not UTF-8, goes on after its end,
-holds a key twice or one with half a character, or holds NaN or an infinity. The last are no JSON, but Python writes
-them; a caller who has to read them asks for it.
+The reader refuses text that is too long or too deep, would take too much memory, is not UTF-8, continues after its end,
+holds a key twice or a key with half a character, or holds NaN or infinity. NaN and infinity are not JSON, but Python
+writes them; `allow_nan` accepts them.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ LARGEST = 32_000_000
 MOST_MEMORY = 120_000_000
 """Most bytes that a text and its values may take in memory, by the estimate of `memory_of`."""
 LARGEST_CONFIG = 10_000_000
-"""Most bytes of a configuration, which people write."""
+"""Most bytes of a configuration."""
 _MOST_DIGITS = 1000
-"""Of a whole number: reading one takes time that grows with the square of its digits."""
+"""Most digits of an integer: the time to read one grows with the square of its digits."""
 DEEPEST = 100
-"""Most lists and objects inside each other."""
+"""Deepest nesting of lists and objects."""
 
 
 def decode(text: bytes | str, *, largest: int = LARGEST, deepest: int = DEEPEST, allow_nan: bool = False) -> Any:
-    """The value that a JSON text stands for. Errors: ValueError, with the reason as its text."""
+    """The value of a JSON text. Errors: ValueError, with the reason as its text."""
     if len(text) > largest:
         raise ValueError(f"{len(text)} bytes where at most {largest} are read")
     options: dict[str, Any] = {} if allow_nan else {"parse_constant": _no_constant, "parse_float": _finite_number}
@@ -54,13 +54,13 @@ def decode(text: bytes | str, *, largest: int = LARGEST, deepest: int = DEEPEST,
 
 
 def memory_of(text: str) -> int:
-    """About how many bytes a JSON text and its values take while it is read: what is in quotes may count as more."""
+    """An upper estimate of the bytes that a JSON text and its values take while it is read."""
     values, keys, lists, objects = (text.count(mark) for mark in ",:[{")
     return 2 * sys.getsizeof(text) + 48 * values + 160 * keys + 72 * lists + 240 * objects
 
 
 def check_memory(text: str) -> None:
-    """`ValueError` for a text that is not read, since its values would take too much memory; nothing is parsed."""
+    """Errors: ValueError if the values of a text would take too much memory; nothing is parsed."""
     if (needed := memory_of(text)) > MOST_MEMORY:
         raise ValueError(f"about {needed} bytes of memory for its values, where at most {MOST_MEMORY} are taken")
 
@@ -94,7 +94,7 @@ def _finite_number(digits: str) -> float:
 
 
 def check_depth(value: Any, deepest: int = DEEPEST) -> None:
-    """`ValueError` if lists or objects are inside each other more than `deepest` times."""
+    """Errors: ValueError if lists and objects are nested more than `deepest` times."""
     level = [value]
     for _ in range(deepest + 1):
         outer = [item for item in level if isinstance(item, dict | list)]
@@ -113,7 +113,7 @@ def _items(holder: dict[str, Any] | list[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Value:
-    """A value of a JSON text. what: the first line of an error, which names the file; at: the keys that lead here."""
+    """A value of a JSON text. what: the first line of errors, which names the file; at: the keys that lead to it."""
 
     data: Any
     what: str
@@ -169,15 +169,15 @@ class Value:
         return Fields(self.data, self.what, self.todo, self.at)
 
     def refused(self, expected: str) -> BadInput:
-        """The error that says that something else was expected here."""
+        """The error for a value of another kind than expected."""
         return BadInput(self.what, f"{self.at or 'it'} is {_shown(self.data)}, not {expected}", self.todo)
 
 
 @dataclass(frozen=True)
 class Fields:
-    """An object of a JSON text by keys. An error is BadInput with the file, the key, what was found and expected.
+    """An object of a JSON text. Errors: BadInput with the file, the key, the actual value and the expected kind.
 
-    `name in fields` is true for a key whose value is not null. A getter with a `default` returns it where it is false.
+    `name in fields` is true for a key with a value other than null. A getter returns its `default` for other keys.
     """
 
     data: Mapping[str, Any]
@@ -189,14 +189,14 @@ class Fields:
         return self.data.get(key) is not None  # type: ignore[call-overload]
 
     def value(self, key: str) -> Value:
-        """The value of a key that has to be there."""
+        """The value of a required key."""
         at = f"{self.at}.{key}" if self.at else key
         if key not in self.data:
             raise BadInput(self.what, f"{at} is missing", self.todo)
         return Value(self.data[key], self.what, self.todo, at)
 
     def values(self) -> Iterator[tuple[str, Value]]:
-        """Keys and values, where the keys are names and not known beforehand."""
+        """Keys and values, for objects with arbitrary keys."""
         return ((key, self.value(key)) for key in self.data)
 
     def text(self, key: str, *, default: str | None = None) -> str:
@@ -221,13 +221,13 @@ class Fields:
         return default if default is not None and key not in self else self.value(key).items()
 
     def section(self, key: str, *, optional: bool = False) -> Fields:
-        """An object; an empty one if it is `optional` and not there."""
+        """An object; an empty one if it is `optional` and missing."""
         return (
             Value({}, self.what, self.todo, key).fields() if optional and key not in self else self.value(key).fields()
         )
 
     def mapping(self, key: str, *, optional: bool = False) -> dict[str, Any]:
-        """An object as plain data, where what is in it belongs to somebody else."""
+        """An object as plain data, for contents of another tool's format."""
         return dict(self.section(key, optional=optional).data)
 
 
@@ -263,7 +263,7 @@ def parse(
     largest: int = LARGEST,
     deepest: int = DEEPEST,
 ) -> Value:
-    """A JSON text that is part of something. what: the first line of errors. Errors: BadInput."""
+    """The value of a JSON text that is a part of a file. what: the first line of errors. Errors: BadInput."""
     try:
         return Value(decode(text, largest=largest, deepest=deepest, allow_nan=allow_nan), what, todo)
     except ValueError as error:
@@ -285,7 +285,7 @@ def read_json(
     file = Path(path)
     what = what or f"{file} cannot be read"
     with reading(file, what), check_regular(file, what).open("rb") as opened:
-        text = opened.read(largest + 1)  # one byte more than is allowed: a file that never ends is not read on
+        text = opened.read(largest + 1)  # one byte more than allowed, also of an endless file
     try:
         return parse(text, what, todo=todo, allow_nan=allow_nan, largest=largest)
     except BadInput:
@@ -301,7 +301,7 @@ def read_object(
     allow_nan: bool = False,
     largest: int = LARGEST,
 ) -> Fields:
-    """The object in a file. Errors: as `read_json`, and when it is no object."""
+    """The object in a file. Errors: as `read_json`, and when it is not an object."""
     return read_json(path, what=what, todo=todo, allow_nan=allow_nan, largest=largest).fields()
 
 
@@ -311,23 +311,23 @@ def read_config(path: str | os.PathLike[str], *, todo: str = "give the complete 
 
 
 def encode(value: Any, *, indent: int | None = 1, allow_nan: bool = False, sort: bool = True) -> str:
-    """The value as JSON: the same data gives the same text. sort: by key, where the order of keys says nothing.
+    """The value as JSON; equal data gives equal text. sort: by key, if the order of keys has no meaning.
 
-    Errors: TypeError, ValueError when it is no JSON.
+    Errors: TypeError, ValueError when it is not JSON.
     """
     return json.dumps(value, indent=indent, sort_keys=sort, allow_nan=allow_nan)
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, allow_nan: bool = False) -> Path:
-    """Write a value to a file, which is complete and on the disk, or as it was before.
+    """Write a value to a file, atomically and durably.
 
-    Errors: RequestError or OutOfResources when it cannot be written; TypeError, ValueError when it is no JSON.
+    Errors: RequestError or OutOfResources when it cannot be written; TypeError, ValueError when it is not JSON.
     """
     return write_atomic(path, (encode(value, allow_nan=allow_nan) + "\n").encode())
 
 
 def plain(value: object) -> Any:
-    """A value as JSON can say it: numbers that are not finite become null, what is no data becomes its text."""
+    """A value as JSON data: numbers that are not finite become null, other objects become their text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, float):

@@ -1,7 +1,7 @@
 """The kind of file or folder at a path, and the verb that opens it: for errors about a path of the wrong kind.
 
-A file is known by its first bytes, an archive by the names of its parts. Its name says nothing: pages of errors are
-saved as `model.safetensors` every day.
+A file is recognized by its first bytes, an archive by the names of its parts. File names are ignored: downloads often
+save an error page as `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from prunella.io.pickled_class import class_in
 
 @dataclass(frozen=True)
 class FileKind:
-    """said: `an image (PNG)`. verbs: which verb opens it. todo: what to do where another kind is wanted.
+    """said: `an image (PNG)`. verbs: the verbs that open it. todo: advice if another kind is needed.
 
-    format: what a reader asks for, "" where no reader of prunella takes it.
+    format: the format name of its reader; "" without a reader in prunella.
     """
 
     said: str
@@ -89,7 +89,7 @@ def described_path(path: str | os.PathLike[str]) -> str:
 
 
 def kind_of(place: Path) -> FileKind:
-    """What lies at a path. Errors: OSError where nothing does, or where it cannot be read."""
+    """The kind of file or folder at a path. Errors: OSError if there is none, or it cannot be read."""
     if place.is_dir():
         return next((kind for name, kind in _FOLDERS if (place / name).is_file()), _NO_MODEL)
     if place.exists() and not place.is_file():
@@ -105,9 +105,9 @@ def kind_of(place: Path) -> FileKind:
 
 
 def refuse_other_kind(file: Path, *formats: str, what: str, give: str) -> None:
-    """Errors: BadInput if a file is clearly of another kind than the formats. A reader calls it when it has failed.
+    """Errors: BadInput if a file is clearly of another kind than the formats. A reader calls it after a failure.
 
-    what: the first line of the error. give: what to give instead, where the kind itself does not say what to do.
+    what: the first line of the error. give: the advice, if the kind itself has none.
     """
     try:
         kind = kind_of(file)

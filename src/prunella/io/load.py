@@ -1,7 +1,7 @@
 """MODEL on the command line: a factory, a Hugging Face folder, a name of timm or torchvision, or an exported program.
 
-Weights come from safetensors. Pickled weights are read only when asked for, and then as tensors only
-(`weights_only=True`); code that a model folder brings along is never run.
+Weights come from safetensors. Pickled weights are read only on request, and then as tensors only
+(`weights_only=True`); code in a model folder is never run.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load_model(
     """The model that `spec` names, in eval mode, with finite weights.
 
     weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names. key: the entry
-    of a checkpoint that holds its weights. tell: takes a line on what was taken of the checkpoint.
-    Raises RequestError for a name that does not exist, BadInput for a factory that raises or files that are broken.
+    of a checkpoint that holds its weights. tell: receives a line on the entry and the names read from the checkpoint.
+    Errors: RequestError for an unknown name, BadInput for a factory that raises or broken files.
     """
     pretrained = weights == "pretrained"
     model = _from_name(spec, pretrained=pretrained, allow_pickle=allow_pickle)
@@ -87,7 +87,7 @@ def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
 
 
 def model_folder(spec: str) -> Path:
-    """`spec` as a path; of a model in a package, or in a GGUF file, the Hugging Face folder that it was unpacked to.
+    """`spec` as a path; for a model in a package or a GGUF file, the Hugging Face folder of its unpacked weights.
 
     Unpacked weights are float32, in the cache folder (PRUNELLA_CACHE, else prunella in the user's cache), once.
     """
@@ -141,7 +141,7 @@ def unquantize_(model: Any) -> Any:
 def load_object(spec: str, what: str = "object", *, files: bool = False) -> Any:
     """The object that `package.module:name` names; the current folder is on the path, as for `python -m`.
 
-    files: whether `path/to/file.py:name` is read too: for what a person typed, never for what a file says.
+    files: whether `path/to/file.py:name` is accepted too: for text typed by a person, never for text from a file.
     """
     module_name, _, name = spec.rpartition(":")
     if not module_name or not name:
@@ -157,12 +157,12 @@ def load_object(spec: str, what: str = "object", *, files: bool = False) -> Any:
 
 
 def is_file_spec(spec: str) -> bool:
-    """Whether it has the form `path/to/file.py:name`."""
+    """Whether the text has the form `path/to/file.py:name`."""
     return spec.rpartition(":")[0].endswith(".py")
 
 
 def import_file(file: Path) -> Any:
-    """The module of a Python file; its folder is on the path, so that it finds its neighbours.
+    """The module of a Python file; its folder is on the path, so that it can import modules next to it.
 
     Errors: BadInput if it is missing, RequestError if another module has its name; those of `import_module`.
     """
@@ -179,7 +179,7 @@ def import_file(file: Path) -> Any:
         return known
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise BadInput(f"cannot import {file}", "it is no Python source", "give a FILE.py")
+        raise BadInput(f"cannot import {file}", "it is not Python source", "give a FILE.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -193,7 +193,7 @@ def import_file(file: Path) -> Any:
 
 
 def import_module(name: str) -> Any:
-    """Import with the current folder on the path; a module that is missing or fails is an error of the user's."""
+    """Import with the current folder on the path. Errors: those of the user, if the module is missing or fails."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -210,7 +210,7 @@ def import_module(name: str) -> Any:
 
 
 def import_with_operators(name: str) -> Any:
-    """Import; where torchvision's compiled operators do not fit a CPU build of torch, name them so that it imports.
+    """Import; if torchvision's compiled operators do not fit torch's build, declare them, so that the import succeeds.
 
     Classification networks never call them; a detection network then fails at its first call, with torch's message.
     transformers imports torchvision when a model class is asked for, so torchvision comes first.
@@ -236,7 +236,9 @@ def _from_factory(spec: str) -> nn.Module:
     value = load_object(spec, "model", files=True)
     model = value if isinstance(value, nn.Module) else call_user(value, spec) if callable(value) else value
     if not isinstance(model, nn.Module):
-        raise BadInput(f"{spec} is no model", f"it gave {type(model).__name__}, not torch.nn.Module", "return a module")
+        raise BadInput(
+            f"{spec} is not a model", f"it gave {type(model).__name__}, not torch.nn.Module", "return a module"
+        )
     return model
 
 
@@ -262,7 +264,7 @@ def _from_folder(folder: Path, *, allow_pickle: bool) -> nn.Module:
 
 
 def class_of(folder: Path) -> Any:
-    """The class of transformers that the config.json of a folder names; never code that the folder brings.
+    """The class of transformers that the config.json of a folder names; never code of the folder.
 
     Errors: BadInput for a folder without one, NotSupported for a class that this version does not have, and for a
     folder of an adapter (peft), which holds the changes of another model only.
@@ -271,12 +273,12 @@ def class_of(folder: Path) -> Any:
     check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         why = f"it has no config.json, which names the architecture; {described_path(folder)}"
-        raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained")
+        raise BadInput(f"{folder} is not a model folder", why, "give a folder written by save_pretrained")
     try:
         architecture = read_config(folder / "config.json").value("architectures").texts()[0]
     except (BadInput, IndexError) as error:
         why = f"config.json does not name an architecture ({error.why if isinstance(error, BadInput) else 'no entry'})"
-        raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained") from error
+        raise BadInput(f"{folder} is not a model folder", why, "give a folder written by save_pretrained") from error
     kind = getattr(import_transformers(), architecture, None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
@@ -339,7 +341,7 @@ def import_transformers() -> Any:
 def load_weights(
     model: nn.Module, file: Path, *, key: str = "", allow_pickle: bool = False, tell: Tell = log.info
 ) -> None:
-    """Put a state dict into the model: every tensor of the model, of its shape; nothing less, nothing more.
+    """Load a state dict into the model. It must have exactly the tensors of the model, with their shapes.
 
     key, tell: as for `load_model`.
     """
@@ -378,7 +380,7 @@ def _read(file: Path, *, allow_pickle: bool) -> Any:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Errors: BadInput for weights with NaN or infinity, with which no score and no comparison means anything."""
+    """Errors: BadInput for weights with NaN or infinity, which make scores and comparisons meaningless."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         readable = type(tensor.data) is Tensor and tensor.is_floating_point() and not name.endswith("mask")
         if readable and not bool(torch.isfinite(tensor).all()):

@@ -1,8 +1,8 @@
-"""One process at a time writes to a folder or a file: a lock file beside it says who does.
+"""Locks: one process at a time writes to a folder or a file; a lock file next to it names the process.
 
-The lock itself is one of the operating system (`lockf`, on Windows `msvcrt.locking`), which a killed process loses at
-once; the text in the file names the holder, for the message and for other machines, to which a shared disk may not
-show the lock. Such a lock ends with any handle of the file that its process closes: nothing here opens it twice.
+The lock itself is one of the operating system (`lockf`, on Windows `msvcrt.locking`), which is released when a process
+is killed. The text in the file names the holder, for error messages and for other machines, which may not see the lock
+on a shared disk. A process loses such a lock by closing any handle of the file, so the file is never opened twice.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ else:
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FAR = 1 << 20
-"""The byte that Windows locks: behind the text, which others have to read."""
+"""The byte that Windows locks: behind the text, which other processes have to read."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes. started: when, in seconds since 1970."""
+    """The process that writes. started: in seconds since 1970."""
 
     pid: int
     host: str
     started: float
 
     def text(self) -> str:
-        """For the file: a line each."""
+        """The text of the lock file, a line for each field."""
         return f"{self.pid}\n{self.host}\n{self.started}\n"
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Holder:
 
 @dataclass
 class _Held:
-    """A lock of this process: by which thread, how often it took it, and the open file."""
+    """A lock of this process: its thread, how many times the thread holds it, and the open file."""
 
     holder: Holder
     thread: int
@@ -60,22 +60,22 @@ class _Held:
 
 
 _held: dict[tuple[int, str], _Held] = {}
-"""By process and lock file, since a forked child holds nothing."""
+"""Locks by process and lock file, since a forked child holds none."""
 _guard = threading.Lock()
 
 
 def lock_file(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a folder or a file: beside it, hidden."""
+    """The lock file of a folder or a file: hidden, next to it."""
     whole = Path(path).absolute()
     return whole.parent / f".{whole.name}.lock"
 
 
 @contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of `path` while the block runs; the thread that holds it may take it again inside.
+    """Hold the lock of `path` while the block runs; the same thread may take it again inside.
 
-    The lock of a process that was killed on this machine is taken over. Errors: Locked, at once, while another run
-    holds it; RequestError when the lock file cannot be written.
+    The lock of a process that was killed on this machine is taken over. Errors: Locked, immediately, while another run
+    holds it; RequestError if the lock file cannot be written.
     """
     file = lock_file(path)
     key = (os.getpid(), os.path.realpath(file))
@@ -96,7 +96,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _take(file: Path) -> _Held:
-    """Open and lock the file, and write in it who holds it."""
+    """Open and lock the file, and write the holder to it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(file)
@@ -128,7 +128,7 @@ def _opened(file: Path) -> int:
 
 
 def _lock(handle: int) -> bool | None:
-    """Whether the lock was free and is ours now; None where the file system has no locks."""
+    """Whether the lock was free and is now held; None if the file system has no locks."""
     try:
         if sys.platform == "win32":
             os.lseek(handle, _FAR, os.SEEK_SET)
@@ -145,7 +145,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _elsewhere_or_alive(before: Holder, *, unsure: bool) -> bool:
-    """Whether the lock that was left is of another machine or, where nothing but the text tells, of a live process."""
+    """Whether the holder is on another machine or, if only the text of the file is known, a live process."""
     if before.host != socket.gethostname():
         return True
     if not unsure or before.pid == os.getpid():
@@ -160,7 +160,7 @@ def _elsewhere_or_alive(before: Holder, *, unsure: bool) -> bool:
 
 
 def _read(handle: int) -> Holder | None:
-    """The holder that the file names; None if it names none, as after a kill in the wrong moment."""
+    """The holder named in the file; None if there is none, as after a kill during the write."""
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         pid, host, started = os.read(handle, 4096).decode().splitlines()
@@ -170,7 +170,7 @@ def _read(handle: int) -> Holder | None:
 
 
 def _is_still(file: Path, handle: int) -> bool:
-    """Whether the open file is the one of that name."""
+    """Whether the open file still has that name."""
     try:
         return os.path.samestat(os.stat(file), os.fstat(handle))
     except FileNotFoundError:
@@ -178,19 +178,19 @@ def _is_still(file: Path, handle: int) -> bool:
 
 
 def _release(file: Path, handle: int) -> None:
-    """Remove the file while it is still locked, so that nobody locks one that is about to go; Windows cannot."""
+    """Remove the file while it is locked, so that no process locks a file about to be removed; Windows cannot."""
     if sys.platform == "win32":
         os.close(handle)
         with suppress(OSError):
             file.unlink()
         return
-    with suppress(OSError):  # the folder may be gone, and the lock with it
+    with suppress(OSError):  # the folder may have been removed with the lock
         file.unlink()
     os.close(handle)
 
 
 def _locked_path(file: Path) -> Path:
-    """The folder or file whose lock this is."""
+    """The folder or file of a lock file."""
     return file.with_name(file.name[1:].removesuffix(".lock"))
 
 

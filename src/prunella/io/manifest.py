@@ -1,4 +1,4 @@
-"""The manifest of an artefact: written last, with the digest of every other file and one of itself."""
+"""The manifest of an artifact: written last, with the digest of every other file and one of itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunella.io.kind_of_path import described_path
 from prunella.io.untrusted import check_links
 
 FORMAT = 2
-"""1 had no digest of the manifest itself, and `run.json` and the report of a run were not in it."""
+"""Format 1 had no digest of the manifest itself, and did not list `run.json` and the report of a run."""
 _OWN = "sha256"
 
 
@@ -26,9 +26,9 @@ def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Pa
 
 
 def read_sealed(path: Path, *, what: str, todo: str, required: bool = True) -> Fields:
-    """The object that `write_sealed` wrote. Errors: BadInput for a single changed byte.
+    """The object that `write_sealed` wrote. Errors: BadInput if any byte has changed.
 
-    required: False reads one without a digest too, as former versions wrote it.
+    required: False also accepts files of earlier versions, without a digest.
     """
     fields = read_object(path, what=what, todo=todo, allow_nan=True)
     if _OWN not in fields.data and not required:
@@ -46,7 +46,7 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 
 def listed(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, Any]:
-    """Size and digest of every file in a folder, but for those that are written later."""
+    """Size and digest of every file in a folder, except for those written later."""
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in besides)
     return {file.name: entry_of(file) for file in files}
 
@@ -57,21 +57,21 @@ def entry_of(file: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder in which all else is written."""
+    """Write the manifest of a folder that is otherwise complete."""
     content = {**manifest, "format": FORMAT, "files": listed(folder)}
     write_sealed(folder / MARKER, content)
 
 
 def read_manifest(folder: Path) -> Fields:
-    """The manifest of an artefact. Errors: BadInput when there is none, it is broken, changed, or of a newer format."""
+    """The manifest of an artifact. Errors: BadInput when there is none, it is broken, changed, or of a newer format."""
     file = folder / MARKER
     check_links(folder)
     if not file.is_file():
         why = described_path(folder) if folder.exists() else "there is no such folder"
         why = f"it has no {MARKER}; {why}" if folder.is_dir() else why
-        raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
+        raise BadInput(f"{folder} is not a finished artifact of prunella", why, "write it again with prunella.save")
     # Configurations of transformers may hold infinities, so a manifest may too.
-    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"
+    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artifact again with prunella.save"
     version = read_object(file, what=what, todo=todo, allow_nan=True).integer("format", low=1)
     if version > FORMAT:
         why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"
@@ -80,7 +80,7 @@ def read_manifest(folder: Path) -> Fields:
 
 
 def check_files(folder: Path, manifest: Fields, names: tuple[str, ...] | None = None) -> None:
-    """`BadInput` unless the files named (all, by default) are there with the recorded size and digest."""
+    """Errors: BadInput unless the named files (default: all) exist with the recorded size and digest."""
     for name, value in manifest.section("files").values():
         file = folder / plain_name(name)
         if names is None or name in names:

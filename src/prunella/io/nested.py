@@ -1,10 +1,10 @@
 """Nested state as tensors and JSON that refers to them by name, in one safetensors file. Data only, no pickle.
 
-A value is an object of one key, which says what it is:
+A value is an object of one key, which names its type:
 
     {"value": 3}    {"tensor": "t0"}    {"list": [...]}    {"tuple": [...]}    {"dict": [[key, value], ...]}
 
-so that tuples, keys of any type and tensors come back as what they were. Version 0.1 wrote the state of tickets as
+so that tuples, keys of any type and tensors are restored exactly. Version 0.1 wrote the state of tickets as
 `["list", ...]` and `["dict", [key, value], ...]`, with plain values between; that is read too.
 """
 
@@ -29,29 +29,29 @@ from prunella.io.tensor_file import open_tensors
 from prunella.io.tensor_writer import save_file, size_of
 
 VERSION = 3
-"""1 was that of 0.1, and 2 had no digest."""
+"""Format 1 is that of version 0.1; format 2 had no digest."""
 _KEY = "prunella.state"
 _DEEPEST = 300
-"""Of the JSON: three for every level of the state."""
+"""Deepest nesting of the JSON: three levels for each level of the state."""
 _SEQUENCES = {"list": list, "tuple": tuple}
 _MAPPINGS = {"dict": dict, "counter": Counter}
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Tensors on their way into a file, and JSON that refers to them by name."""
+    """Collects tensors for a file, and JSON that refers to them by name."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, value: Tensor) -> str:
-        """Take a copy of a tensor; the name that it has in the file."""
+        """Add a copy of a tensor; returns its name in the file."""
         name = f"t{len(self.tensors)}"
         # A clone, since safetensors refuses two names for one storage.
         self.tensors[name] = value.detach().cpu().contiguous().clone()
         return name
 
     def pack(self, value: Any, where: str) -> Any:
-        """Data as tagged JSON. Errors: RequestError for what is no data; `where` says what it is part of."""
+        """Data as tagged JSON. Errors: RequestError for other objects; `where` names the whole."""
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
         if isinstance(value, np.integer | np.floating):
@@ -93,7 +93,7 @@ def _unpacked(kind: Any, content: Any, tensors: Mapping[str, Tensor]) -> Any:
         return _SEQUENCES[kind](unpack(item, tensors) for item in content)
     if kind in _MAPPINGS:
         return _MAPPINGS[kind]({unpack(k, tensors): unpack(v, tensors) for k, v in content})
-    raise ValueError(f"{kind!r} is no kind of value that this prunella knows")
+    raise ValueError(f"{kind!r} is not a kind of value that this prunella knows")
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -115,7 +115,7 @@ def equal(first: Any, second: Any) -> bool:
 def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Mapping[str, Tensor]) -> Path:
     """Write tensors, and data as the entry `key` of the header, to one file, atomically.
 
-    Keys stay in their order. Errors: as `write_atomic`, and RequestError for what would be too deep to be read again.
+    Keys keep their order. Errors: as `write_atomic`, and RequestError for data nested too deeply to be read back.
     """
     try:
         check_depth(head, _DEEPEST)
@@ -151,7 +151,7 @@ def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
 
 def load_state(path: str | os.PathLike[str]) -> Any:
     """Read what `save_state` wrote. Errors: BadInput when the file is missing, broken, or no such state."""
-    what, todo = f"{path} is no sound state", "remove the file to make it again"
+    what, todo = f"{path} is not a sound state", "remove the file to make it again"
     head, tensors = read_packed(path, _KEY, what=what, todo=todo, allow_nan=True)
     version, body = head.integer("version", low=1, high=VERSION), head.value("state").data
     if (version > 2 or "sha256" in head) and head.text("sha256") != fingerprint(tensors, body):
@@ -163,7 +163,7 @@ def load_state(path: str | os.PathLike[str]) -> Any:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], body: Any) -> str:
-    """The digest of all that a file of `write_packed` says; of the tensors alone where `body` is None."""
+    """The digest of the contents of a file of `write_packed`; of the tensors alone if `body` is None."""
     state = hashlib.sha256(encode(body, indent=None, allow_nan=True).encode() if body is not None else b"")
     for name in sorted(tensors):
         value = tensors[name]

@@ -1,8 +1,8 @@
-"""Where a model's architecture comes from, as data in a manifest, and how it is built again without weights.
+"""The origin of a model's architecture, as data in a manifest, from which the model is built without weights.
 
-What a manifest may name: an architecture class of `transformers` (its own classes, never code from a folder), a name
-of timm or torchvision, or `package.module:function`. The last is never imported because a file says so: the caller
-passes it to `load`, as text or as the function.
+A manifest may name an architecture class of `transformers` (its own classes, never code from a folder), a name of timm
+or torchvision, or `package.module:function`. The last is never imported on behalf of a file: the caller passes it to
+`load`, as text or as the function.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> B
 
 
 def build_empty(build: Builder) -> nn.Module:
-    """The model on the meta device, or on the CPU when its constructor cannot do without data."""
+    """The model on the meta device, or on the CPU if its constructor needs data."""
     from prunella.io.state import has_stray_meta
 
     with _in_quiet():
@@ -78,7 +78,7 @@ def build_empty(build: Builder) -> nn.Module:
                 model = build()
             if isinstance(model, nn.Module) and not has_stray_meta(model):
                 return model
-        except Exception:  # whatever it is, a build with data shows whether it is the user's mistake
+        except Exception:  # a build with data shows whether it is an error of the user
             pass
         model = _call(build)
     if not isinstance(model, nn.Module):
@@ -92,7 +92,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def passed_on(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what names code of a folder, or the place of a folder on this machine."""
+    """A configuration without entries that name code of a folder, or the path of a folder on this machine."""
     left: dict[str, Any] = {}
     for key, value in config.items():
         place = key == "_name_or_path" and isinstance(value, str) and Path(value).expanduser().is_absolute()
@@ -113,7 +113,7 @@ def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
 
 
 def hugging_face_builder(origin: Mapping[str, Any]) -> Builder:
-    """Builds a class of transformers from the configuration in the origin; nothing is looked up elsewhere."""
+    """Builds a class of transformers from the configuration in the origin alone."""
     kind, config_kind = _class(origin.get("name"), "PreTrainedModel"), _class(origin.get("config_class"), None)
     data, attention = origin.get("config"), origin.get("attention")
     if not isinstance(data, dict):
@@ -162,7 +162,9 @@ def _module(name: str) -> Any:
 def _imported(name: str) -> Callable[..., Any]:
     factory = load_object(name, "factory", files=True)
     if not callable(factory):
-        raise RequestError(f"{name} is no factory", f"it is a {type(factory).__name__}", "give a function or a class")
+        raise RequestError(
+            f"{name} is not a factory", f"it is a {type(factory).__name__}", "give a function or a class"
+        )
     return factory  # type: ignore[no-any-return]
 
 
@@ -180,7 +182,7 @@ def _call(build: Builder) -> Any:
 
 @contextmanager
 def _in_quiet() -> Iterator[None]:
-    """The caller's random state and warning filters stay as they are."""
+    """Inside, changes of the random state and of warning filters are temporary."""
     with seeded(None), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

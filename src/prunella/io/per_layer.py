@@ -1,7 +1,7 @@
 """The entries of a configuration that differ from layer to layer: `per_layer_config`, as transformers writes it.
 
-One layer is explained by the same search that finds uniform configurations. It tells which entries matter and which
-axis of which tensor follows each; the other layers are read off their shapes.
+The search for uniform configurations is applied to one layer. It shows the relevant entries, and the axis and tensor
+that follow each entry; the entries of the other layers are read from their shapes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class PerLayerReader(NamedTuple):
 def per_layer_config(
     origin: Mapping[str, Any], model: nn.Module, small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath]
 ) -> PerLayer:
-    """Number of each layer -> entries of the configuration that differ there. Empty where they cannot be found.
+    """Number of each layer -> entries of the configuration that differ there. Empty if the search fails.
 
-    kept: entries that are changed only if nothing else explains the shapes.
+    kept: entries that are changed only if no other change explains the shapes.
     """
     stack = _stack(model)
     if stack is None:

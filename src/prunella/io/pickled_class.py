@@ -1,4 +1,4 @@
-"""The class whose object a pickle holds, read from its instructions: nothing is built, imported or run."""
+"""The class of the object in a pickle, read from its instructions: nothing is built, imported or run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MARKS = ("MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE")
 
 
 def class_in(data: bytes) -> str:
-    """`package.module.Class` if the first thing that a pickle makes is an object of a class; empty for plain data.
+    """`package.module.Class` if a pickle first builds an object of a class; empty for plain data.
 
     data: its first bytes. A file of torch before 1.6 is several pickles, and the numbers at its start are passed over.
     """
@@ -24,7 +24,7 @@ def class_in(data: bytes) -> str:
 
 
 def _first(data: bytes) -> tuple[str, int]:
-    """The class, and the length of the pickle if it holds nothing but a number or a small mapping."""
+    """The class, and the length of the pickle if it holds only a number or a small mapping."""
     texts: list[str] = []
     depth = 0
     try:

@@ -25,7 +25,8 @@ from prunella.planning.recipe import current_names
 from prunella.targets import parse_target
 
 VERSION = 4
-"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks dropped. 3 has one example and no caveats."""
+"""Version of the format. 1 and 2 are of prunella 0.1 and are read: 2 adds dropped blocks. 3 has one example and no
+caveats."""
 _FIRST_WITH_DIGEST = 3
 """Formats 1 and 2 had a digest of the tensors alone."""
 _KEY = "prunella.plan"
@@ -95,9 +96,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A body of format 1 or 2 in the terms of format 3: one entry `changes`, and today's names of a recipe's numbers.
+    """A body of format 1 or 2 as one of format 3: one entry `changes`, and the present names of a recipe's numbers.
 
-    Those formats gave a plan without a recipe a target that nobody had asked for; it is dropped.
+    Those formats stored an invented target for plans without a recipe; it is dropped.
     """
     names = ("cuts", "attributes", "along", "renumbered", "dropped", "lists")
     absent: dict[str, Any] = {"along": [], "renumbered": [], "dropped": {}, "lists": []}
@@ -131,7 +132,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
 
 
 def _recipe(recipe: Any) -> dict[str, Any]:
-    """A recipe as `Recipe.described` gives it, or none: a plan that was made by hand."""
+    """A recipe in the form of `Recipe.describe`; empty for a plan made by hand."""
     if not isinstance(recipe, dict):
         raise ValueError("a recipe is a mapping")
     if type(recipe.get("round_to", 1)) is not int or not isinstance(recipe.get("granularity", ()), list | tuple):
@@ -151,7 +152,7 @@ def _examples(value: Any) -> tuple[Any, ...]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is no text")
+        raise ValueError(f"{value!r:.40} is not text")
     return value
 
 
@@ -179,21 +180,21 @@ def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
 
 
 def _along(entry: list[Any], tensors: Mapping[str, Tensor]) -> Along:
-    """Formats 1 to 3 know the calls of one example only."""
+    """A restricted call; formats 1 to 3 store the calls of one example only."""
     name, number, axis, kept, *example = entry
     return Along(_text(name), int(number), int(axis), _positions(tensors[kept]), *map(int, example))
 
 
 def _frozen(entry: Mapping[str, Any]) -> Frozen:
-    """Format 1 and 2 do not say what kind of reason it is."""
+    """A frozen entry; formats 1 and 2 do not store the kind of its reason."""
     return read_record(Frozen, {"kind": ReasonKind.OPERATION.value, **entry})
 
 
 def read_size(value: Any) -> int | tuple[int, ...]:
-    """The value of an attribute, as JSON has it: whole numbers that an axis can have. Errors: ValueError."""
+    """The value of an attribute from JSON: one or several possible sizes of an axis. Errors: ValueError."""
     sizes = value if isinstance(value, list) else [value]
     if not all(type(size) is int and abs(size) < _LARGEST_SIZE for size in sizes):
-        raise ValueError(f"{value!r:.40} is no size")
+        raise ValueError(f"{value!r:.40} is not a size")
     return tuple(sizes) if isinstance(value, list) else sizes[0]
 
 

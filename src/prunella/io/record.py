@@ -1,4 +1,4 @@
-"""Dataclasses of plain fields out of JSON: every field has the type that its annotation says, and none is left over."""
+"""Dataclasses of plain fields from JSON: every field has its annotated type, and unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LARGEST = int(sys.float_info.max)
 
 
 def read_record(kind: type[T], data: Any) -> T:
-    """The dataclass `kind` with the fields in `data`. Errors: ValueError, which names the field and what was found."""
+    """The dataclass `kind` with the fields in `data`. Errors: ValueError names the field and its value."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} is {_shown(data)}, not an object")
     hints: dict[str, tuple[Any, bool]] = _hints(kind)  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def read_record(kind: type[T], data: Any) -> T:
 
 @lru_cache(maxsize=64)
 def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
-    """Field -> its type, and whether it has to be there."""
+    """Field -> its type, and whether it is required."""
     hints = get_type_hints(kind)
     return {
         field.name: (hints[field.name], field.default is MISSING and field.default_factory is MISSING)
@@ -37,7 +37,7 @@ def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
 
 
 def _typed(hint: Any, value: Any, name: str) -> Any:
-    """The value as its annotation says; lists become tuples. A kind of annotation that is not known passes."""
+    """The value in its annotated type; lists become tuples. Unknown kinds of annotations are not checked."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None

@@ -1,4 +1,4 @@
-"""The cut of a dense model as a manifest records it. A manifest is only data: every name and position is checked."""
+"""The cut of a dense model from a manifest. Manifests are untrusted: every name and position is checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunella.model.constants import constants
 
 
 def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
-    """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
+    """Cut the dense model as the plan did, after a check of every name and position."""
     cuts, attributes = _width(manifest)
     dropped, lists = _depth(manifest)
     if not cuts and not attributes and not dropped:
@@ -55,7 +55,7 @@ def _width(manifest: Fields) -> tuple[dict[str, dict[int, Tensor]], dict[tuple[s
 
 
 def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str, str], tuple[int, ...]]]:
-    """The blocks that go and the lists that follow them."""
+    """The removed blocks and the lists that follow them."""
     dropped = {path: names.texts() for path, names in manifest.section("dropped", optional=True).values()}
     rows = [row.items(3) for row in manifest.list_of("lists", default=())]
     return dropped, {(owner.text(), name.text()): removed.integers() for owner, name, removed in rows}

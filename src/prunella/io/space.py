@@ -13,10 +13,10 @@ from prunella.io.temporary import clean_up, discard, temporary_file
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
-    """`OutOfResources`, with both numbers, unless `needed` bytes are free where `path` is going to be."""
+    """Errors: OutOfResources, with both numbers, unless `needed` bytes are free on the disk of `path`."""
     try:
         free = shutil.disk_usage(_standing(Path(path))).free
-    except OSError:  # a file system that does not say
+    except OSError:  # a file system that does not report it
         return
     if free < needed:
         why = f"the disk is full: {needed:,} bytes are needed, and {free:,} are free"
@@ -24,7 +24,7 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
 
 
 def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """`RequestError` unless a file can be written at `path`, which is none of the sources; nothing is left behind."""
+    """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file."""
     final = Path(path)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
@@ -37,19 +37,19 @@ def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[
 def check_output_folder(
     path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None, overwrite: bool = False
 ) -> None:
-    """`RequestError` unless a folder can be written at `path`, apart from the sources; nothing is left behind."""
+    """Errors: RequestError unless a folder can be written at `path`, apart from the sources. Leaves no file."""
     check_free(Path(path), overwrite=overwrite)
     check_apart(path, *sources)
     check_writable(path)
 
 
 def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
-    """`RequestError` unless files can be written in the folder, which may be there or not; nothing is left behind."""
+    """Errors: RequestError unless files can be written in the folder, which need not exist. Leaves no file."""
     check_writable(Path(folder) / "journal")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """`RequestError` unless something can be made at `path`, in the nearest folder that exists."""
+    """Errors: RequestError unless a file can be created at `path`, in its nearest existing folder."""
     final = Path(path).absolute()
     standing = _standing(final.parent)
     with writing(path):
@@ -61,9 +61,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """`RequestError` if the output is a source, inside of one or around one, by whatever name.
+    """Errors: RequestError if the output is a source, inside a source, or contains one, under any name.
 
-    A source that does not exist (the name of a model, say) and None are passed over; in a file, nothing can lie.
+    Sources that do not exist (such as the name of a model) and None are ignored; a file contains nothing.
     """
     for source in sources:
         if source is None or not os.path.exists(source):
@@ -81,7 +81,7 @@ def _relation(output: str, source: str) -> str:
 
 
 def _is_inside(path: str, holder: str) -> bool:
-    """Whether `path` is `holder` or below it: links are followed, and what exists is compared by what it is."""
+    """Whether `path` is `holder` or below it: links are followed, and existing files are compared by identity."""
     if not os.path.exists(holder):
         return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(holder))
     real = Path(os.path.realpath(path))
@@ -89,6 +89,6 @@ def _is_inside(path: str, holder: str) -> bool:
 
 
 def _standing(path: Path) -> Path:
-    """The path itself or the nearest folder above that exists."""
+    """The path itself, or the nearest existing folder above it."""
     whole = path.absolute()
     return next((place for place in (whole, *whole.parents) if place.is_dir()), whole)

@@ -1,4 +1,4 @@
-"""A model's tensors on their way to a safetensors file and back: tied ones once, odd types as bytes, nothing lost."""
+"""A model's tensors in a safetensors file and back: tied ones once, unsupported types as bytes, lossless."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class State:
 
 
 def read_state(model: nn.Module) -> State:
-    """All parameters and buffers. Errors: BadInput for NaN, NotSupported for what is not a dense tensor with data."""
+    """All parameters and buffers. Errors: BadInput for NaN, NotSupported for anything but dense tensors with data."""
     persistent = model.state_dict(keep_vars=True)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     transient = {name: value for name, value in buffers.items() if name not in persistent}
@@ -62,7 +62,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 def read_tensors(file: Path, described: Mapping[str, Fields]) -> dict[str, Tensor]:
     """Read a safetensors file and undo the byte encoding. Errors: BadInput when it is broken or not as described.
 
-    Each tensor has memory of its own: tensors of a mapped file begin at any byte, for which CPU libraries choose other
+    Each tensor has its own memory: tensors of a mapped file may be unaligned, and CPU libraries then choose other
     kernels with other rounding.
     """
     stored = open_tensors(file)
@@ -78,7 +78,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def fill_(model: nn.Module, state: State) -> None:
-    """Give the model these tensors, tie what was tied. Errors: BadInput when a name or a shape does not fit."""
+    """Load these tensors into the model, and restore ties. Errors: BadInput if a name or a shape does not fit."""
     full = {**state.tensors, **{alias: state.tensors[name] for alias, name in state.ties.items()}}
     own = model.state_dict()
     persistent = OrderedDict((name, value) for name, value in full.items() if name not in state.transient)
@@ -88,7 +88,7 @@ def fill_(model: nn.Module, state: State) -> None:
     for name in state.transient:
         owner, leaf = _place(model, name)
         if leaf not in owner._buffers:
-            raise BadInput(f"the artefact has the buffer {name!r}", "the rebuilt model has no such buffer")
+            raise BadInput(f"the artifact has the buffer {name!r}", "the rebuilt model has no such buffer")
         owner._buffers[leaf] = full[name]
     for alias, name in state.ties.items():
         _tie(model, alias, name)
@@ -96,7 +96,7 @@ def fill_(model: nn.Module, state: State) -> None:
 
 
 def has_stray_meta(model: nn.Module) -> bool:
-    """Whether a module keeps a tensor without data as a plain attribute, where no state dict reaches it."""
+    """Whether a module has a tensor without data as a plain attribute, which no state dict contains."""
     values = (value for module in model.modules() for value in vars(module).values())
     return any(isinstance(value, Tensor) and value.is_meta for value in values)
 
@@ -167,17 +167,17 @@ def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     if missing or extra:
         name = sorted(missing or extra)[0]
         why = f"{len(missing)} tensors are missing and {len(extra)} are unknown, for example {name!r}"
-        raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")
+        raise BadInput("the artifact does not fit the rebuilt model", why, "give the factory it was made with")
     for name, value in stored.items():
         if own[name].shape != value.shape:
             why = f"{name} is {list(value.shape)} in the file and {list(own[name].shape)} in the model"
-            raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")
+            raise BadInput("the artifact does not fit the rebuilt model", why, "give the factory it was made with")
 
 
 def _check_complete(model: nn.Module) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_meta:
-            raise BadInput(f"the artefact holds no values for {name!r}", "", "give the factory it was made with")
+            raise BadInput(f"the artifact holds no values for {name!r}", "", "give the factory it was made with")
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -185,7 +185,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(path), leaf
     except AttributeError:
-        raise BadInput(f"the artefact has {name!r}", "the rebuilt model has no such module") from None
+        raise BadInput(f"the artifact has {name!r}", "the rebuilt model has no such module") from None
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:

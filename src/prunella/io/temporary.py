@@ -1,9 +1,9 @@
-"""Temporary files and folders, whose names say which process writes them.
+"""Temporary files and folders, with the writing process in their names.
 
 `.NAME.SPACE-PID-MARK.part` is written and then renamed to `NAME`; `.NAME.SPACE-PID-MARK.old` was `NAME` and makes room
-for the new one where the system cannot exchange the two. SPACE stands for the machine and its process numbers. A killed
-process leaves such names, and the next one that writes to the folder cleans them up: what was moved aside goes back if
-nothing took its place, all else is removed. Those of a live process stay.
+for the new one if the system cannot exchange the two. SPACE stands for the machine and its process numbers. A killed
+process leaves such names, and the next process that writes to the folder cleans them up: a file moved aside is moved
+back if its name is free, and all others are removed. Names of a live process are kept.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ _NAME = re.compile(
 _LONGEST = 200
 """Bytes of the final name that a temporary one repeats: names have at most 255."""
 _ours: set[str] = set()
-"""Names that this process has made and not given up."""
+"""Names that this process has created and not yet removed."""
 
 
 def temporary_file(final: Path) -> Path:
-    """A new, empty file beside `final`, with the mode that the umask gives."""
+    """A new, empty file next to `final`, with its mode from the umask."""
     path = _new_name(final, "part")
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     return path
 
 
 def temporary_folder(final: Path) -> Path:
-    """A new, empty folder beside `final`, with the mode that the umask gives."""
+    """A new, empty folder next to `final`, with its mode from the umask."""
     path = _new_name(final, "part")
     path.mkdir()
     return path
 
 
 def name_aside(final: Path) -> Path:
-    """A free name for what is at `final` while something else takes its place."""
+    """A free name to which the file at `final` is moved while it is replaced."""
     return _new_name(final, "old")
 
 
 def discard(path: Path) -> None:
-    """Remove a temporary file or folder, if it is still there."""
+    """Remove a temporary file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -58,7 +58,7 @@ def discard(path: Path) -> None:
 
 
 def clean_up(folder: Path, *, of: Path | None = None) -> None:
-    """Clean up what killed processes have left in a folder. of: a locked path; all its temporary files go."""
+    """Clean up temporary files of killed processes in a folder. of: a locked path; all its temporary files go."""
     for entry, match in list(_left(folder)):
         locked_name = of is not None and match["final"] == _shortened(of)
         if entry.name not in _ours and (locked_name or _is_dead(match["space"], int(match["pid"]))):
@@ -105,7 +105,7 @@ def _space() -> str:
 
 
 def _is_dead(space: str, pid: int) -> bool:
-    """Whether the process is surely gone; one of another machine may live. A name of our own number is not ours."""
+    """Whether the process has certainly ended; one of another machine may live. Our own number may be reused."""
     if space != _space():
         return False
     if pid == os.getpid():

@@ -1,11 +1,11 @@
-"""Safetensors files, tensor by tensor: the one reader. The header is checked before a tensor is read.
+"""The reader of all safetensors files, tensor by tensor. The header is checked before a tensor is read.
 
     file = open_tensors("x.safetensors")        # BadInput unless the tensors fill the file exactly
     file.tensors["weight"].read()
 
-It reads without a memory map, which would add the size of the file to the address space, and change or end under the
-tensors with the file. It accepts nothing that the library of the format refuses; it also refuses a name that is given
-twice and truth values other than 0 and 1.
+It reads without a memory map, which would add the size of the file to the address space, and change with the file
+under the tensors. It refuses every file that the library of the format refuses, and also duplicate names and truth
+values other than 0 and 1.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in _TYPES.items()}
-"""What the format calls a type of torch."""
+"""Name of each torch type in the format."""
 _MOST_AXES = 64
 _LARGEST_SIZE = 1 << 48
-"""Of an axis. Shapes with a zero in them have no bytes, so that the length of the file bounds nothing."""
+"""Largest size of an axis. A shape with a zero has no bytes, so the length of the file does not bound its sizes."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored: `size` bytes from `start` of `file`."""
+    """The place of a stored tensor: `size` bytes from `start` of `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class StoredTensor:
     size: int
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own. Errors: BadInput when the file is shorter now, or for no truth value."""
+        """The tensor, in its own memory. Errors: BadInput if the file is shorter now, or a bool is neither 0 nor 1."""
         raw = torch.empty(self.size, dtype=torch.uint8)
         with reading(self.file), self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -78,7 +78,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What the header of a file says. metadata: the texts that the writer kept beside the tensors."""
+    """The header of a file. metadata: the texts that the writer stored with the tensors."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
@@ -113,7 +113,7 @@ def _opened(file: Path, what: str, todo: str) -> TensorFile:
             raise BadInput(what, f"truncated or damaged: a header of {length} bytes in a file of {whole}", todo)
         header = opened.read(length)
     if not header.startswith(b"{"):
-        raise BadInput(what, "truncated or damaged: the header is no object", todo)
+        raise BadInput(what, "truncated or damaged: the header is not an object", todo)
     entries = parse(header, what, todo=todo).fields()
     texts = {key: value.text() for key, value in entries.section("__metadata__", optional=True).values()}
     stored = {k: _stored(file, v.fields(), 8 + length, whole) for k, v in entries.values() if k != "__metadata__"}

@@ -1,7 +1,7 @@
 """Write a safetensors file chunk by chunk, into the given file.
 
-The writer of safetensors makes a temporary file of its own, which a kill leaves behind, and with a mode of its own.
-Tensors stand in its order: by the size of their type, the largest first, then by name.
+The writer of safetensors makes its own temporary file, which a kill leaves behind, and sets its own mode. Tensors are
+in the order of safetensors: by the size of their type, the largest first, then by name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_file(
 def header_of(
     described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> bytes:
-    """The head of a file with these tensors in this order: its length, and JSON that is filled up with spaces."""
+    """The head of a file with these tensors in this order: its length, and JSON padded with spaces."""
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name, (dtype, shape) in described.items():

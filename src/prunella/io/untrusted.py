@@ -1,8 +1,8 @@
-"""What is checked of a file or a folder before anything in it is read: that it is a file, and that no link leads away.
+"""Checks of a file or a folder before anything in it is read: it is a regular file, and no link leads out of it.
 
-A folder from somebody else may hold symbolic links. They are followed inside the folder, and in the cache of Hugging
-Face, where the files of `snapshots/REVISION` are links to `../../blobs`. A link to anywhere else is refused, since what
-it names would be read, and copied, as if it were part of the model.
+A folder from a stranger may hold symbolic links. They are followed inside the folder, and in the cache of Hugging Face,
+where the files of `snapshots/REVISION` are links to `../../blobs`. Any other link is refused, since its target would be
+read and copied as a part of the model.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from prunella.errors import BadInput, PruningError, out_of_resources
 
 _BYTES = re.compile(r"allocate (\d+) bytes")
 _SMALL = 1 << 26
-"""Bytes of a file that fits into any memory in which torch runs: it is broken if reading it takes too much."""
+"""Files up to this size, in bytes, fit into the memory of any machine: one that takes too much memory is broken."""
 
 
 def check_regular(file: Path, what: str) -> Path:
-    """The file; BadInput for a pipe or a device, since reading one could wait or go on for ever.
+    """The file. Errors: BadInput for a pipe or a device, since reading one could block or never end.
 
-    A folder passes: the system refuses to open it.
+    A folder passes this check: the system refuses to open it.
     """
     mode = file.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -45,8 +45,8 @@ def check_links(folder: Path) -> None:
 def check_archive(file: Path, *, todo: str) -> None:
     """Errors: BadInput if an archive of torch would be larger in memory than it is on disk; any other file passes.
 
-    torch stores the parts of an archive as they are. A part that is compressed, or parts that share their bytes, can be
-    of any size when they are read.
+    torch stores the parts of an archive uncompressed. A compressed part, or parts that share their bytes, can have any
+    size in memory.
     """
     what = f"cannot read {file}"
     try:
@@ -68,10 +68,10 @@ def check_archive(file: Path, *, todo: str) -> None:
 
 
 def unreadable(error: BaseException, file: Path, what: str, todo: str) -> PruningError:
-    """The error for what a reader of torch raised: of the file, also where it asked for more memory than it can fill.
+    """The error of a file that a reader of torch failed on, also if a broken file requested too much memory.
 
-    Too little memory for what is really there is `OutOfResources`. Raise it `from None`: a cause that is an error of
-    memory would make any error one of memory on the command line.
+    Too little memory for an intact file is `OutOfResources`. Raise the error `from None`: with a memory error as its
+    cause, the command line would report it as one.
     """
     full, asked, size = out_of_resources(error), _BYTES.search(str(error)), file.stat().st_size
     if full is not None and not (int(asked[1]) > 2 * size if asked else size < _SMALL):

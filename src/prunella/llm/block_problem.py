@@ -41,13 +41,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class BlockProblem:
-    """All that the result for one block depends on.
+    """Everything that determines the result for one block.
 
     module: the block. layers: its layers to prune, by weight. calls: the inputs of the block in the pruned model.
     forward: the output of the block for one of them. targets: the outputs of the dense block for the refinement, one
-    per call, empty without. store: where the outputs of the refined block are stored. first_solver: the rank that
-    solves the first matrix; the processes take turns. held_out: so many of the last calls are not fitted; they choose
-    how far the new weights go from the dense ones.
+    per call, empty without. store: stores the outputs of the refined block. first_solver: the rank that solves the
+    first matrix; the processes take turns. held_out: number of last calls that are not fitted; they determine the
+    strength, the fraction of the weights' change that is kept.
     """
 
     block: ModelBlock
@@ -64,7 +64,7 @@ class BlockProblem:
 
     @property
     def fitted(self) -> int:
-        """The number of calls that the weights are solved for."""
+        """The number of calls to which the weights are fitted."""
         return len(self.calls) - self.held_out
 
     def output(self, k: int) -> Tensor:
@@ -76,8 +76,8 @@ class BlockProblem:
 class BlockResult:
     """The result for one block: its layers in order of execution, and the masks of their weights.
 
-    refined: the errors of the block and its outputs, if it was refined. next_solver: the rank whose turn it is.
-    strength: the part of the change of the weights that was kept, if it was chosen on batches that are held out.
+    refined: the errors of the block and its outputs, if it was refined. next_solver: the rank that solves next.
+    strength: the kept fraction of the weights' change, if it was chosen on held-out batches.
     """
 
     fits: tuple[Fit, ...]

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Solving:
     """The result of `solve_`: layers in order of execution, and errors of the blocks before and after refinement.
 
-    strengths: the part of the change of its weights that each block keeps, where batches were held out.
+    strengths: the kept fraction of the weights' change of each block, if batches were held out.
     """
 
     fits: tuple[Fit, ...]
@@ -89,16 +89,17 @@ def solve_(
     Data: batches, no labels; without any, text that the model writes itself.
 
     inputs: an example batch, as for `plan`. data: batches, a `Calibration`, a mapping of text files and `"auto"` to
-    shares, `"auto"`, which is `Calibration()`, or a `Split` of any of them and batches of another source: these choose
-    for each block which part of the change of its weights stays, of five from 0 to 1 (`Solving.strengths`). loss: how
-    to run the model on a batch. skip: patterns of layers
-    that are kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
+    shares, `"auto"`, which is `Calibration()`, or a `Split` of any of them and held-out batches of another source.
+    Held-out batches choose for each block the kept fraction of its weights' change, one of five from 0 to 1
+    (`Solving.strengths`). loss: runs the model on a batch. skip: patterns of layers that are kept dense. Layers outside
+    the blocks (heads, embeddings) are kept dense too, and so are routers of a
     mixture, and weights that no matrix describes (`prunella.model.reads`); the result names them. Groups of a
     convolution, and experts that are stacked in one weight, are solved one by one, each for its own tokens; one without
     tokens is pruned by magnitude. distributed:
     `process_group()` under torchrun, where `data` is the shard of this process: Gram matrices are summed over all
     processes, each process solves some layers and broadcasts them, and each step of `refine` is computed by the process
     that has the batch. Errors: RequestError if no layer is left. After any error `model` is as before.
+    on_layer: called after each layer with its fit, the number of finished layers, and of all layers.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
@@ -129,7 +130,7 @@ def _solved_(
         block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
         if others and not block_inputs.blocks[0].path:
             what, todo = "batches cannot be held out", "give no Split"
-            raise NotSupported(what, "the model has no residual blocks, whose outputs they would judge", todo)
+            raise NotSupported(what, "the model has no residual blocks to compare their outputs", todo)
         selected = _select(graph, block_inputs.blocks, how, skip)
         unread = _unread(root, graph, block_inputs.blocks, lambda: source.run(root, samples[0]))
         pruned = _solve_blocks_(block_inputs, selected.by_block, how, on_layer, distributed, len(others))
@@ -140,7 +141,7 @@ def _solved_(
 
 
 def _unread(model: nn.Module, graph: Graph, blocks: Sequence[ModelBlock], run: Callable[[], object]) -> dict[str, str]:
-    """Matrices in the blocks that are no layers, with the reasons that no product reads them; the model runs once."""
+    """Matrices in the blocks that are not layers, with the reasons that no product reads them; the model runs once."""
     layers = {layer.entity for layer in graph.layers}
     inside = [entity for entity in graph.entities.values() if any(block.contains(entity.names) for block in blocks)]
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -163,7 +164,7 @@ _VIEWED = "a product reads an expanded or reshaped view of it"
 
 @dataclass(frozen=True)
 class _Selected:
-    """The layers to prune in each block, and those that are kept dense for their place in the model."""
+    """The layers to prune in each block, and the layers kept dense because of their place in the model."""
 
     by_block: list[list[Layer]]
     skipped: list[Fit]

@@ -26,7 +26,7 @@ Sources = Literal["auto"] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class TextSource:
-    """One source of the windows that were drawn: how many they are, and the digest of their tokens."""
+    """One source of the drawn windows: their number, and the digest of their tokens."""
 
     name: str
     share: float
@@ -36,7 +36,7 @@ class TextSource:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Windows as batches of one, and where they come from. own: what the model wrote, if it did."""
+    """Windows as batches of one, and their sources. own: the text that the model wrote, if it did."""
 
     batches: Sequence[Any]
     sources: tuple[TextSource, ...]
@@ -45,7 +45,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a language model is calibrated with: windows of text from one source or several, for `data=`.
+    """Calibration data of a language model: windows of text from one source or several, for `data=`.
 
     sources: `"auto"`, the text that the model writes itself (`own_text`), or a mapping from text files and `"auto"` to
     shares, which are relative: `{"auto": 1, "c4.txt": 1}` is half and half. nsamples, seqlen: windows of all sources
@@ -61,7 +61,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
-            what = f"{self.nsamples} samples of {self.seqlen} tokens are no data"
+            what = f"{self.nsamples} samples of {self.seqlen} tokens are not data"
             raise RequestError(what, "at least 1 of 2", "128 of 512")
         windows_of(self.shares, self.nsamples)
 
@@ -88,7 +88,7 @@ class Calibration:
         inputs: Inputs | None = None,
         own: OwnText | None = None,
     ) -> Drawn:
-        """The windows, mixed in an order that `seed` decides; a single file keeps the order of `text_samples`.
+        """The windows, shuffled by `seed`; a single file keeps the order of `text_samples`.
 
         model: writes its own text, unless `own` has it already. folder: of the tokenizer for text files; None is the
         folder that the model was read from. inputs: an example batch, None is `{"input_ids": tokens}`.
@@ -127,10 +127,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Split:
-    """Data of which a part is not fitted, for `data=`.
+    """Calibration data with held-out batches, for `data=`.
 
-    data: what the weights are solved for: batches, or whatever else `data=` takes. held_out: batches of another source:
-    the new weights of each block go only so far from the dense ones as serves these batches too.
+    data: the data for the fit: batches, or any other value of `data=`. held_out: batches of another source; they limit
+    the change of each block's weights to the fraction that also reduces their error.
     """
 
     data: Any = AUTO
@@ -177,7 +177,7 @@ def as_calibration(data: object) -> Calibration | None:
         return data
     if isinstance(data, str):
         if data != AUTO:
-            raise RequestError(f"data={data!r} is no data", 'it is "auto", a mapping or batches', f"{{{data!r}: 1}}")
+            raise RequestError(f"data={data!r} is not data", 'it is "auto", a mapping or batches', f"{{{data!r}: 1}}")
         return Calibration()
     if isinstance(data, Mapping):
         return Calibration(data)

@@ -35,7 +35,7 @@ from prunella.types import Inputs, Loss
 
 log = logging.getLogger(__name__)
 SAME = 1e-6
-"""A relative error that is only rounding: nothing has to be compensated."""
+"""A relative error that is only rounding and need not be compensated."""
 RIDGES = (1e-2, 1e-1, 1.0, 1e1, 1e2)
 """Candidates if no ridge is given. Later layers read the residual stream: an overfitted layer harms them."""
 
@@ -46,8 +46,7 @@ class Match:
 
     ridge=None: the best of five between 0.01 and 100 on every fourth batch (the last one of fewer), which is held out
     of the least squares; if none reduces the error, the layer is unchanged. With a single batch: 0.01. refine: gradient
-    steps for the whole block after the least squares, or None. gaps: match only blocks behind which others were
-    dropped.
+    steps for the whole block after the least squares, or None. gaps: match only blocks followed by dropped blocks.
     """
 
     ridge: float | None = None
@@ -61,10 +60,10 @@ class Match:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """One block: `|B'(x') - y| / |y|` before and after, with y the dense residual stream behind it.
+    """One block: `|B'(x') - y| / |y|` before and after, with y the dense residual stream after the block.
 
-    Measured on the held-out batches if no ridge was given. layer: the solved layer. replaces: the dropped blocks behind
-    it. skipped: why it was not matched.
+    Measured on the held-out batches if no ridge was given. layer: the solved layer. replaces: the dropped blocks that
+    follow it. skipped: why it was not matched.
     """
 
     name: str

@@ -18,7 +18,7 @@ from prunella.model.unwrap import unwrap
 from prunella.types import Inputs, TokenIds
 
 SPARE = 0.25
-"""More windows are written than are asked for, by this part; those of the highest and the lowest loss are left out."""
+"""Fraction of additional windows that are written; those of the highest and the lowest loss are left out."""
 _GIVE_TEXT = "pass batches of text by data="
 OnWindows = Callable[[int, int], None]
 """Called after each batch with the number of windows that are written, and of all windows."""
@@ -26,10 +26,10 @@ OnWindows = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class OwnText:
-    """Windows `(windows, tokens)` that a model wrote, and what it takes to write them again.
+    """Windows `(windows, tokens)` that a model wrote, and the settings to write them again.
 
-    losses: of each window, the mean negative log-likelihood in nats of the tokens that the model drew. discarded: how
-    many windows were left out for their loss.
+    losses: of each window, the mean negative log-likelihood in nats of the drawn tokens. discarded: number of windows
+    left out because of their loss.
     """
 
     tokens: TokenIds
@@ -39,7 +39,7 @@ class OwnText:
 
     @property
     def digest(self) -> str:
-        """Of the tokens."""
+        """The digest of the tokens."""
         return digest_of(self.tokens)
 
 
@@ -58,9 +58,9 @@ def own_text(
 
     Half of the windows begin with the first token of the model's texts (BOS), half with a random token, all if it has
     no BOS: `x_t ~ p(x | x_1 .. x_{t-1})`. After the end of a text (EOS) the next one begins in the same window. A
-    quarter more windows are written than asked for: in each half those of the lowest loss, which repeat themselves, and
-    of the highest, which lost the thread, are left out. Each window has random numbers of its own from `seed`, so
-    that `batch_size` changes time and memory, but no draw; rounding may still differ between machines.
+    quarter more windows are written than requested: in each half those of the lowest loss, which are repetitive, and
+    those of the highest loss, which are incoherent, are left out. Each window has its own random numbers from `seed`,
+    so that `batch_size` changes time and memory, but no draw; rounding may still differ between machines.
     Data: none.
 
     nsamples, seqlen: windows, and tokens in each. inputs: an example batch, which shows how the model takes tokens: a
@@ -73,7 +73,9 @@ def own_text(
     root = unwrap(model)
     if nsamples < 1 or seqlen < 2 or batch_size < 1:
         asked = f"{nsamples} windows of {seqlen} tokens, {batch_size} at a time"
-        raise RequestError(f"{asked}, are no text", "at least 1 of 2, 1 at a time", "for example 128 of 512")
+        raise RequestError(
+            f"{asked}, are out of range", "at least 1 window of 2 tokens, 1 at a time", "for example 128 of 512"
+        )
     with mode(root, training=False):
         writer = _Writer(root, inputs, seqlen)
         starts = writer.starts(nsamples)
@@ -92,7 +94,7 @@ class _Written:
 def _written(
     writer: _Writer, starts: Sequence[bool], seed: int, batch_size: int, on_windows: OnWindows | None
 ) -> _Written:
-    """All windows; the uniform numbers of window k are drawn from `seed` whatever the batches."""
+    """All windows; the uniform numbers of window k depend on `seed`, not on the batches."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(starts), writer.seqlen, generator=generator, dtype=torch.float64)
     rows: list[list[int]] = []
@@ -107,7 +109,7 @@ def _written(
 
 
 def _kept(losses: Sequence[float], starts: Sequence[bool], nsamples: int) -> list[int]:
-    """The windows to keep, in order: of each kind of start the middle ones by their loss."""
+    """The windows to keep, in order: the middle ones by loss among those with the same kind of start."""
     kept: list[int] = []
     for kind, count in zip((True, False), _halves(nsamples, starts), strict=True):
         ranked = sorted((k for k, start in enumerate(starts) if start is kind), key=lambda k: (losses[k], k))
@@ -146,7 +148,7 @@ class _Writer:
 
     def write(self, starts: Sequence[bool], uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Windows `(rows, tokens)` and their mean losses, from uniform numbers in [0, 1)."""
-        begin = (uniform * self.words).long()  # of a text that begins there, unless it begins with BOS
+        begin = (uniform * self.words).long()  # the random first token of a text without BOS
         if self.bos is not None:
             begin[torch.tensor(starts)] = self.bos
         tokens, cache = begin[:, :1], None
@@ -194,12 +196,12 @@ def _logits(output: Any) -> Tensor:
 
 
 def _takes_cache(model: nn.Module) -> bool:
-    """Whether the model keeps keys and values, as those of transformers."""
+    """Whether the model has a cache of keys and values, like those of transformers."""
     return {"past_key_values", "use_cache"} <= set(inspect.signature(type(model).forward).parameters)
 
 
 def _drawn(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The token whose part of the distribution holds the uniform number, and its negative log-likelihood."""
+    """The token at the quantile of the uniform number, and its negative log-likelihood."""
     logs = logits.log_softmax(-1)
     total = logs.exp().cumsum(-1, dtype=torch.float64)
     word = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True)

@@ -90,7 +90,7 @@ def rotate(model: nn.Module, inputs: Inputs, data: Iterable[Any], *, loss: Loss 
         if not verified.exact:
             raise NotSupported(
                 f"the residual stream {group.name} cannot be rotated",
-                f"the rotated model differs by {verified.error:.1e}: an operation on it is no RMS norm, product or sum",
+                f"the rotated model differs by {verified.error:.1e}: an operation is neither RMS norm, product nor sum",
                 "prune Width() without rotation",
             )
     return Rotated(rotated, group.name, energy.flip(0) * len(energy) / energy.sum(), _scales(group))
@@ -137,7 +137,7 @@ def _scales(group: Group) -> tuple[str, ...]:
 def _readers(model: nn.Module, group: Group, scale: str, batch: Any, source: Source) -> dict[str, int]:
     """The weights that read the output of a norm, with their input axis.
 
-    They are found by doubling the scale: their inputs double, and no others do.
+    They are identified by doubling the scale: only their inputs double.
     """
     named = dict(model.named_parameters())
     candidates = {m.entity: m.axis for m in group.members if m.role == "in"}
@@ -267,6 +267,7 @@ def rescale_(small: nn.Module, rotated: Rotated) -> None:
 
     A norm divides by the root mean square over the kept directions, which is larger if the sliced ones had little
     energy: its scale becomes `sqrt(width / kept)`, exact if they had none.
+    small: the result of `shrink`. rotated: the result of `rotate`.
     """
     small = unwrap(small)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Shrinkage: how far the new weights of a block go from the dense ones, chosen on text of another source."""
+"""Shrinkage of the weights' change of a block toward the dense weights, chosen on text of another source."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from prunella.llm.distributed import ProcessGroup
 from prunella.types import Mask
 
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""Of the change of the weights that are left; 1 is as solved, 0 keeps their dense values."""
+"""Kept fractions of the change of the remaining weights; 1: as solved, 0: their dense values."""
 
 
 @torch.no_grad()
 def shrink_change_(
     dense: Mapping[nn.Parameter, Tensor], masks: Mapping[nn.Parameter, Mask], error: Callable[[], float]
 ) -> float:
-    """Set every parameter to `W + s (W' - W)`, zero where it is masked, with the `s` of least error; that `s`.
+    """Set every parameter to `W + s (W' - W)`, zero where it is masked, with the `s` of least error; returns `s`.
 
-    New weights fit the text that calibrates, so that on other text some of their change does harm. dense: the
-    parameters `W` as they were before the block was pruned; their values now are `W'`. error: of the block, on batches
-    that have not been fitted. As solved, where two strengths are equally good.
+    The new weights are fitted to the calibration text; on other text a part of their change is harmful. dense: the
+    parameters `W` before the block was pruned; their present values are `W'`. error: of the block, on held-out batches.
+    Among equally good strengths the largest is taken.
     """
     solved = {parameter: parameter.detach().clone() for parameter in dense}
     errors: dict[float, float] = {}
@@ -41,12 +41,12 @@ def not_fitted(batches: Iterable[Any], group: ProcessGroup) -> list[Any]:
     others = list(batches)
     if others and group.world_size > 1:
         what = "batches cannot be held out in several processes"
-        raise NotSupported(what, "each would choose another strength", "give no Split, or run one process")
+        raise NotSupported(what, "each process would choose its own strength", "give no Split, or run one process")
     return others
 
 
 def calls_of(others: int, batches: int, calls: int) -> int:
-    """How many of the last calls of a block are of the last `others` batches; each batch calls it as often."""
+    """Number of last calls of a block that belong to the last `others` batches, with equally many calls per batch."""
     return calls * others // batches
 
 

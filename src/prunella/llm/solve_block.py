@@ -111,7 +111,7 @@ def _refined(problem: BlockProblem, masks: Mapping[nn.Parameter, Mask]) -> Refin
 
 @dataclass(frozen=True)
 class _Group:
-    """Weights that multiply the same input, and how often one pass reads them (0 for experts: not counted).
+    """Weights that multiply the same input, and the number of their reads in one pass (0 for experts: not counted).
 
     chunks: the parts of each that are solved from one pass over the data.
     """
@@ -205,12 +205,12 @@ def _overlap(parts: Set[Part], weight: Tensor) -> bool:
 
 
 NOT_FINITE = "its solver gave weights that are not finite"
-"""Why a layer stays as it was: what a solver returns is checked before it is written."""
+"""Why a layer is unchanged: the result of a solver is checked before it is written."""
 
 
 @dataclass(frozen=True)
 class _SolvedMatrix:
-    """One matrix: relative error, calibration tokens, damping, seconds. kept: it stays as it was."""
+    """One matrix: relative error, calibration tokens, damping, seconds. kept: whether it is unchanged."""
 
     error: float
     tokens: int
@@ -250,7 +250,7 @@ class _Statistic:
 
 
 def _solve_group_(problem: BlockProblem, group: _Group, turn: int) -> list[_SolvedWeight]:
-    """Solve the weights that share an input, from one Gram matrix per part. turn: whose turn the first matrix is."""
+    """Solve the weights that share an input, from one Gram matrix per part. turn: the rank that solves first."""
     layers = problem.layers
     solved = [_SolvedWeight(w, layers[w].name, torch.ones_like(w, dtype=torch.bool)) for w in group.weights]
     for parts in group.chunks:
@@ -350,7 +350,7 @@ def _solve_matrix(
 
 
 def _fitting(solved: Any, matrix: Tensor, name: str) -> Solved:
-    """What a solver returned, in the shape of the matrix. Errors: RequestError for anything else."""
+    """The result of a solver. Errors: RequestError unless weight and mask have the shape of the matrix."""
     parts: tuple[Any, Any] = (getattr(solved, "weight", None), getattr(solved, "mask", None))
     if all(isinstance(part, Tensor) and part.shape == matrix.shape for part in parts) and parts[1].dtype == torch.bool:
         return solved  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ def text_samples(
     without a tokenizer or a file that is not text, RequestError for a text shorter than one sample.
     """
     if nsamples < 1 or seqlen < 2:
-        raise RequestError(f"{nsamples} samples of {seqlen} tokens are no data", "at least 1 of 2", "128 of 512")
+        raise RequestError(f"{nsamples} samples of {seqlen} tokens are not data", "at least 1 of 2", "128 of 512")
     ids = text_tokens(folder, text)
     if len(ids) < seqlen:
         why = f"it has {len(ids)} tokens, and a sample has {seqlen}"

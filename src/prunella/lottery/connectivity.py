@@ -57,6 +57,7 @@ def barrier(
     1 - accuracy. points: positions on the line, ends included, from 3 up. data: batches that recalibrate batch
     normalization at every point, ends included; without data the statistics of the ends are interpolated, which
     overstates the barrier.
+    Errors: RequestError for too few points, or states of another model.
 
     Use: checking how early training becomes stable, and whether two sparse networks lie in one basin. Avoid: networks
     with permuted neurons: the line between them has no meaning.
@@ -108,6 +109,7 @@ def instability(
 
     error: of a model, lower is better. step: k, from 0 up to one below the steps of the spec. seeds: of the two data
     orders. points, data: as for `barrier`.
+    Errors: RequestError for a step outside the training, or equal copies.
 
     Use: choosing k for `WeightRewind`: the smallest k with a barrier near 0. Avoid: data in a fixed order: the two
     copies are then equal, and the call is refused.

@@ -19,6 +19,7 @@ def mask_distance(first: Mapping[str, Mask], second: Mapping[str, Mask]) -> floa
 
     `mean_l |{i: a_li != b_li}| / n_l`: 0 for equal masks, 1 for opposite ones. All layers have the same weight,
     whatever their size.
+    Errors: RequestError for masks of different layers.
 
     Use: checking whether a mask still changes. Avoid: masks of different models.
     """

@@ -29,7 +29,7 @@ class Steps:
         if name in self._records and file.exists():
             if digest(file) != self._records[name].get("digest"):
                 why = "it does not have the recorded digest"
-                raise BadInput(f"{file} is no sound state", why, "remove the file to compute it again")
+                raise BadInput(f"{file} is not a sound state", why, "remove the file to compute it again")
             return load_state(file)
         result = make()
         save_state(result, file)
@@ -52,7 +52,7 @@ def open_steps(folder: str | os.PathLike[str] | None, identify: Callable[[], Ide
 
 
 def _is_other(path: Path) -> bool:
-    """Whether the path exists and is neither an empty folder, a run, nor the rest of a killed run."""
+    """Whether the path exists and is neither an empty folder, a run, nor the remains of a killed run."""
     if not path.is_dir():
         return path.exists()
     names = [file.name for file in path.iterdir()]

@@ -58,9 +58,10 @@ def imp(
     21.07, 13.52 and 3.58 % of LeNet-300-100 after 1, 3, 7, 9 and 15 rounds of 20 %. Weights are pruned by magnitude,
     within each layer. Data: none beyond the example batch.
 
-    inputs: an example batch. rate: in (0, 1), relative to what is left. last: factor in (0, 1] on the rate of the layer
-    that runs last. recipe: another way to choose, such as `global_magnitude()`; then the whole keeps `(1 - rate)^k` and
-    `last` does not act. skip: patterns of layers that are kept dense. For a criterion that needs data, write the
+    inputs: an example batch. rate: in (0, 1), relative to the remaining weights. last: factor in (0, 1] on the rate of
+    the layer that runs last. recipe: another recipe, such as `global_magnitude()`; the full model then keeps
+    `(1 - rate)^k`, and `last` has no effect. skip: patterns of layers that are kept dense. For a criterion that needs
+    data, write the
     function yourself: `lambda model, k: plan(model, batch, recipe, target=Sparsity(1 - 0.8**k), data=..., loss=...)`.
 
     Use: lottery tickets, as `find_ticket(model, spec, prune=imp(batch), rounds=15)`. Avoid: one-shot pruning with one

@@ -120,8 +120,8 @@ def find_ticket(
     spec: training function, number of steps, evaluation and seed. prune: the plan of each round, `imp(batch)` or your
     own function of (model, round). rounds: at least 1. rewind: `WeightRewind(k)` or `RateRewind(k)`. controls: which
     controls after which rounds; `REINIT` trains the mask on new weights from step 0, `SHUFFLE` permutes the mask inside
-    each layer. folder: keeps every finished training as a complete file. Called again with the same arguments, a killed
-    run resumes after the last finished training, and its result has the same bits.
+    each layer. folder: stores every finished training as a complete file. Called again with the same arguments, a
+    killed run resumes after the last finished training, with bit-identical results.
 
     Errors: RequestError if the folder holds another run or an argument is out of range.
 
@@ -155,7 +155,7 @@ class _Search(Generic[M]):
         self.first = snapshot(model)
 
     def identity(self, model: M) -> Identity:
-        """All that decides the result of a training; the number of rounds and the kinds of controls do not."""
+        """Everything that determines a training, without the number of rounds and the kinds of controls."""
         spec = self.spec
         trained = {"steps": spec.steps, "seed": spec.seed, "training": spec.train, "metric": spec.evaluate}
         asked = {"rewind": repr(self.rewind), "prune": self.prune, "fresh": self.controls.fresh}
@@ -176,7 +176,7 @@ class _Search(Generic[M]):
         return Tickets(tuple(results), ticket, self.work)
 
     def _dense(self) -> dict[str, Any]:
-        self.spec.score(self.work)  # an evaluation that fails does so before the training
+        self.spec.score(self.work)  # so that a broken evaluation fails before the training
         session = self.spec.run(self.work, self.spec.session(self.work, keep_at=self.rewind.step))
         assert session.kept is not None
         return {**self._result(session.rates, 0, 0), "point": session.kept.plain()}

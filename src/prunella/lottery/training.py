@@ -67,6 +67,7 @@ def descent(data: Iterable[object], loss: Loss, *, lr: float, training: Training
     """A plain training function for a `TrainingSpec`, with the settings of `prunella.finetune`.
 
     data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule and clipping.
+    lr: the largest learning rate.
     """
     how = training or Training()
 

@@ -18,23 +18,23 @@ def now() -> float:
 
 
 def since(start: float) -> float:
-    """Seconds from `start`, which `now` gave."""
+    """Seconds since `start`, a value of `now`."""
     return now() - start
 
 
 def thread_time() -> float:
-    """Seconds that the processor spent on this thread: other programs do not count."""
+    """Processor time of this thread in seconds: other programs do not count."""
     return time.thread_time()
 
 
 def timestamp() -> float:
-    """Seconds since 1970, for dates that a person reads; a duration is never the difference of two of them."""
+    """Seconds since 1970, for dates; never used for durations."""
     return time.time()
 
 
 @contextmanager
 def fake_clock(clock: Clock) -> Iterator[None]:
-    """Read `clock` instead of the machine's in the body, for tests of what a duration decides."""
+    """Use `clock` instead of the machine's clock in the body, for tests of time-dependent behavior."""
     global _clock
     before, _clock = _clock, clock
     try:

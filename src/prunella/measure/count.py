@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.errors import RequestError
-from prunella.graph.rules import RULES as RULES  # with the rules comes which operations are free
+from prunella.graph.rules import RULES as RULES  # the rules register the operations without work
 from prunella.graph.sources import Sources
 from prunella.graph.work import Term, counting, known, name_of, tensors_in, terms
 from prunella.measure.text import byte_size, exact_count, percent
@@ -54,7 +54,10 @@ class Count:
 
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
-    """Parameters, bytes and zeros of a model, from its tensors alone."""
+    """Parameters, bytes and zeros of a model, from its tensors alone.
+
+    scope: `weights` or `parameters`. Errors: RequestError for another scope.
+    """
     model = with_plain_weights(model)
     if scope not in ("weights", "parameters"):
         raise RequestError(f"unknown scope {scope!r}", "known are weights, parameters", "weights have two axes or more")
@@ -70,25 +73,23 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
 
 
 def _values(parameter: Tensor) -> Tensor:
-    """A quantized weight as the numbers it stands for."""
+    """The dequantized values of a weight."""
     return parameter if type(parameter.data) is Tensor else parameter.detach().dequantize()
 
 
 def compression(before: float, after: float) -> float:
     """`before / after`: 4 means a quarter remains."""
     if after <= 0:
-        raise RequestError(
-            "nothing remains", f"{after:g} after, {before:g} before", "a ratio needs something that is left"
-        )
+        raise RequestError("nothing remains", f"{after:g} after, {before:g} before", "a ratio needs a remaining part")
     return before / after
 
 
 @dataclass(frozen=True)
 class WorkCount:
-    """The multiply-adds of one forward pass: by module, by parameter, and what nobody knows.
+    """The multiply-adds of one forward pass: by module, by parameter, and operations of unknown work.
 
-    by_module: "" is the model itself; work with a parameter belongs to its module. by_weight: what multiplies by one
-    parameter alone. uncounted: operations of unknown work -> number of calls; hidden: the parameters that they read.
+    by_module: "" is the model itself; work with a parameter belongs to its module. by_weight: work of products with a
+    single parameter. uncounted: operations of unknown work -> number of calls; hidden: the parameters that they read.
     """
 
     by_module: Mapping[str, int]
@@ -98,7 +99,7 @@ class WorkCount:
 
     @property
     def macs(self) -> int:
-        """All multiply-adds that are counted."""
+        """All counted multiply-adds."""
         return sum(self.by_module.values())
 
 
@@ -133,7 +134,7 @@ def measured_macs(model: nn.Module, inputs: Inputs) -> int:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations of one run below autograd; of those that take functions, the call as one."""
+    """Observes the operations of one run below autograd; operations that take functions count as one call."""
 
     supports_higher_order_operators = True
 
@@ -182,7 +183,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.by_weight[next(iter(read))] += macs
 
     def _module(self, term: Term) -> str:
-        """The module of the parameter that is multiplied; without a single one the module that runs."""
+        """The module of the multiplied parameter; if there is not exactly one parameter, the running module."""
         running = self.running[-1] if self.running else ""
         names = {name for tensor in term.tensors for name in self.sources.held(tensor)}
         if len(names) != 1:
@@ -192,7 +193,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def modules(self) -> Iterator[None]:
-        """Keep the path of the running module; one that the model does not hold counts as its caller."""
+        """Track the path of the running module; a module outside the model counts as its caller."""
 
         def enter(module: nn.Module, args: Any) -> None:
             self.running.append(self.paths.get(id(module), self.running[-1] if self.running else ""))

@@ -21,7 +21,7 @@ def cpu_name() -> str:
 
 
 def last_cache() -> int:
-    """Bytes of the largest cache of the first processor; 32 MiB where the system does not say."""
+    """Bytes of the largest cache of the first processor; 32 MiB if the system does not report it."""
     sizes = [0]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = file.read_text(encoding="utf-8").strip()

@@ -20,15 +20,15 @@ from prunella.model.trees import own, tensors
 from prunella.types import Inputs
 
 OTHER = "(between layers)"
-"""Time that no leaf module accounts for: attention products, additions, views, Python itself."""
+"""Time outside leaf modules: attention products, additions, views, Python itself."""
 
 
 def peak_memory(model: nn.Module, inputs: Inputs) -> int:
-    """Bytes of all tensors alive at the worst moment of one forward pass: parameters, buffers, inputs, activations.
+    """Peak bytes of all live tensors in one forward pass: parameters, buffers, inputs, activations.
 
-    Counted, not sampled: every storage that an operation makes is added when it appears and taken away when it is
-    freed, so the number is the same on every machine. Scratch memory inside a kernel is not seen. On CUDA it is
-    torch's own `max_memory_allocated`, where other tensors on the device count too.
+    The bytes are counted, not sampled: every new storage is added and every freed storage is subtracted, so the number
+    is the same on every machine. Scratch memory inside kernels is not counted. On CUDA the number is torch's own
+    `max_memory_allocated`, where other tensors on the device count too.
     """
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     inputs = own(inputs)
@@ -49,8 +49,8 @@ def time_by_layer(
 ) -> dict[str, dict[str, float]]:
     """Median seconds that each leaf module takes in one pass, for several models measured in turn.
 
-    Hooks cost about a microsecond a layer, so these are for shares; `compare_latency` is for times. `OTHER` holds the
-    rest of the pass. A layer that is called several times in a pass counts with the sum.
+    Hooks cost about a microsecond per layer, so the numbers are for shares; `compare_latency` is for times. `OTHER`
+    holds the rest of the pass. A layer that is called several times in a pass counts with the sum.
     """
     inputs = own(inputs)
     times_by_model: dict[str, dict[str, list[float]]] = {name: {} for name in models}
@@ -106,7 +106,7 @@ def _all_tensors(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that operations made and nobody freed yet, and the most there ever were."""
+    """Bytes of the live storages of operations, and their peak."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,7 +1,7 @@
-"""The one writer of text tables, and the one format of numbers for people.
+"""The writer of all text tables, and the format of all displayed numbers.
 
-It stands in `measure`, not in `reporting`: `planning`, `lottery` and `llm` print tables too, and import nothing that
-lies below them. It imports nothing heavy; `rich` is imported by the first table.
+It is in `measure`, not in `reporting`, because `planning`, `lottery` and `llm` print tables too and import only parts
+above them. Heavy modules are not imported; `rich` is imported by the first table.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from prunella.errors import printable
 
 _POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 MISSING = "–"
-"""Stands for a number that is not finite."""
+"""Shown in place of a number that is not finite."""
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: Collection[int] = ()) -> str:
-    """Aligned columns as plain text: no colors, no borders, no wrapping, whatever terminal there is.
+    """Aligned columns as plain text: no colors, no borders, no wrapping, on any terminal.
 
-    header: names of the columns; an empty one leaves the line out. right: the columns of numbers, set to the right.
-    Columns are two spaces apart, by the width that a terminal gives each character. No line ends in a space.
+    header: names of the columns; an empty header omits the line. right: right-aligned columns of numbers. Columns are
+    two spaces apart, by the display width of each character. No line ends in a space.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -31,7 +31,7 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: 
     lines = [[_one_line(cell) for cell in line] for line in ([header] if header else []) + [*rows]]
     if not lines:
         return ""
-    columns = [Text("\n".join(cells)) for cells in zip(*lines, strict=True)]  # Text: [brackets] are no markup
+    columns = [Text("\n".join(cells)) for cells in zip(*lines, strict=True)]  # Text: [brackets] are not markup
     grid = Table.grid(padding=(0, 2, 0, 0))
     for place in range(len(columns)):
         grid.add_column(justify="right" if place in right else "left", no_wrap=True)
@@ -48,7 +48,7 @@ def _one_line(cell: object) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """The lines of a text, no wider than a terminal: what does not fit is cut off, with an ellipsis at the end."""
+    """The lines of a text, no wider than a terminal: longer lines are cut and end in an ellipsis."""
     from rich.cells import cell_len, set_cell_size
 
     lines = text.split("\n")
@@ -59,15 +59,15 @@ _PATH = re.compile(r"(?<![\w./~:\\-])(?:~?/|~\\|[A-Za-z]:[\\/])(?:[^\s/\\'\"<>|:
 
 
 def without_folders(text: str) -> str:
-    """The text with absolute paths cut to the names of their files: folders name people and machines.
+    """The text with absolute paths cut to the names of their files, for records and reports that are passed on.
 
-    For records and reports, which are passed on.
+    Folders name people and machines.
     """
     return _PATH.sub("", text)
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """So many significant digits: `0.9132`."""
+    """A number with this many significant digits: `0.9132`."""
     return f"{value:.{digits}g}" if math.isfinite(value) else MISSING
 
 
@@ -115,7 +115,7 @@ def interval(low: float, high: float, spec: str = ".4g") -> str:
 
 
 def spread(mean: float, deviation: float) -> str:
-    """A mean and its deviation, which may be unknown: `3 ± 2.6`, `3`."""
+    """A mean and its deviation, if known: `3 ± 2.6`, `3`."""
     return f"{significant(mean)} ± {significant(deviation, 2)}" if math.isfinite(deviation) else significant(mean)
 
 

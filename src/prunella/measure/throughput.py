@@ -19,9 +19,9 @@ from prunella.types import TokenIds
 
 @dataclass(frozen=True)
 class Throughput:
-    """Prefill: tokens of the prompt read a second; decode: tokens written a second, one at a time with a cache.
+    """Prefill: prompt tokens read per second; decode: tokens written per second, one at a time with a cache.
 
-    prompt: tokens of a row; new: tokens written in a round; batch: rows, which count alike.
+    prompt: tokens per row; new: tokens written per round; batch: number of rows.
     """
 
     prefill: Comparison
@@ -31,7 +31,7 @@ class Throughput:
     batch: int
 
     def rates(self) -> dict[str, tuple[float, float]]:
-        """Tokens a second, dense and pruned, of prefill and decode."""
+        """Tokens per second, dense and pruned, of prefill and decode."""
         pairs = {"prefill": (self.prefill, self.prompt), "decode": (self.decode, self.new)}
         by_name = {}
         for name, (times, tokens) in pairs.items():
@@ -58,10 +58,10 @@ class Throughput:
 def throughput(
     dense: nn.Module, small: nn.Module, tokens: TokenIds, *, new: int = 16, rounds: int = 20, seed: int = 0
 ) -> Throughput:
-    """Prefill and decode of a transformers model in tokens a second, dense and pruned in interleaved rounds.
+    """Prefill and decode of a transformers model in tokens per second, dense and pruned in interleaved rounds.
 
     `batch * prompt / seconds` for one pass over the prompt without a cache, `batch * new / seconds` for `new` single
-    tokens behind it, each fed with the likeliest one, with the cache cut back to the prompt after every round. The
+    tokens after it, decoded greedily, with the cache cut back to the prompt after every round. The
     ratio is of medians, with a 95 % bootstrap interval over rounds. Data: a prompt `(batch, tokens)`.
 
     new: tokens written in a round. rounds: at least 5. seed: of the order within rounds.

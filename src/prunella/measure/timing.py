@@ -1,4 +1,4 @@
-"""LatencySamples comparisons in interleaved rounds, with confidence intervals of the ratios."""
+"""Comparisons of latencies in interleaved rounds, with confidence intervals of the ratios."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _Floats = np.ndarray[Any, np.dtype[np.float64]]
 _SHORTEST = 2e-3
 """A sample lasts at least this many seconds; quicker functions are called several times a sample."""
 _SLOW = 20e-3
-"""Functions that take longer have no untimed call ahead of a sample: starting up is a small part of them."""
+"""Slower functions have no untimed call before a sample: the start-up is a small part of their time."""
 _SAME = 1.25
-"""An interval that holds 1 and goes beyond this ratio, up or down, does not say that two times are the same."""
+"""An interval that contains 1 and extends beyond this ratio, up or down, is too wide to call two times equal."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Ratio:
 
     @property
     def verdict(self) -> str:
-        """One phrase that does not say more than the interval does."""
+        """One phrase that claims no more than the interval supports."""
         if self.faster:
             return f"{ratio(self.value)} faster {interval(self.low, self.high, '.2f')}"
         if self.slower:
@@ -105,9 +105,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Timing:
-    """A smaller model against the dense one: milliseconds of both, and what part of the dense time remains.
+    """A smaller model against the dense one: milliseconds of both.
 
-    low, high: a 95 % interval of `ratio`.  how: how it was measured, in words.
+    low, high: a 95 % interval of `ratio`.  how: a description of the measurement.
     """
 
     dense: float
@@ -118,7 +118,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Part of the dense time that remains."""
+        """The time of the smaller model as a fraction of the dense time."""
         return self.small / self.dense
 
     def __str__(self) -> str:
@@ -127,10 +127,11 @@ class Timing:
 
 
 def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: Any, *, seconds: float = 5.0) -> Timing:
-    """One forward pass of both models in eval mode, in interleaved rounds, until the number is sure.
+    """Time one forward pass of both models in eval mode, in interleaved rounds, until the ratio is precise.
 
     Rounds are added until the 95 % interval of the median of `small / dense`, round by round, is within 2 % of it: a
-    fraction of a second on a quiet machine. A busy one stops after `seconds`, with the interval that it has.
+    fraction of a second on a quiet machine. On a busy machine the measurement stops after `seconds`, with its present
+    interval.
     """
     device = next((str(p.device) for p in dense.parameters()), "cpu")
     runs = {"dense": partial(forward, dense, inputs), "small": partial(forward, small, small_inputs)}

@@ -1,4 +1,4 @@
-"""Metrics of pruned models: size, speed, effective sparsity, language modelling and side effects."""
+"""Metrics of pruned models: size, speed, effective sparsity, language modeling and side effects."""
 
 from typing import TYPE_CHECKING
 

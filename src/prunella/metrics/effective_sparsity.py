@@ -94,6 +94,7 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     without a rule connects all units and is named in `unfollowed`.
 
     Data: one batch; only its shapes matter (integers are used as indices). The model does not change.
+    Errors: NotSupported if no path can be followed, BadInput for a model without weights.
 
     Use: above about 95 % sparsity, where whole units are dead and the direct sparsity is too low. Avoid: structured
     cuts, after which no unit is disconnected.

@@ -58,14 +58,15 @@ def perplexity(
     `exp(-1/N sum_t log p(x_t | x_s .. x_{t-1}))`, s the start of the window in which t is scored. Window k begins at
     `k * stride`. Without overlap (the default) every token but the first of each window is scored, and a rest shorter
     than a window is left out, as is usual for pruned language models; with a stride below the window every token but
-    the first of the text is scored exactly once, in the first window that reaches it, the last window being shorter.
+    the first of the text is scored exactly once, in the first window that contains it; the last window may be shorter.
     Data: one row of token ids `(tokens,)`, no first token added. Losses are in float64.
 
     window: at least 2 tokens. stride: 1 to `window`. limit: at most so many windows. outputs: how to get logits
     `(1, tokens, words)` from the model and `{"input_ids": (1, tokens)}`.
+    Errors: RequestError for windows out of range or a short text, BadInput for a loss that is not finite.
 
-    Use: one text and one protocol for all models that are compared. Avoid: across tokenizers, or against numbers of
-    another window: both move it.
+    Use: one text and one protocol for all compared models. Avoid: comparisons across tokenizers or window lengths: both
+    change the perplexity.
     """
     stride = window if stride is None else stride
     if window < 2 or not 0 < stride <= window or (limit is not None and limit < 1):
@@ -132,9 +133,10 @@ def token_agreement(
     `kl = mean_t sum_w p_tw (log p_tw - log q_tw)`, p of the dense logits and q of the pruned ones, in float64;
     `top1 = mean_t [argmax p_t = argmax q_t]`, ties to the lowest word. Data: batches of token windows, no labels; every
     position counts. outputs: how to get logits from (model, batch).
+    Errors: RequestError for logits of different shapes.
 
-    Use: beside perplexity: it needs no reference text, and shows differences that perplexity averages out. Avoid:
-    models with different vocabularies.
+    Use: in addition to perplexity: it needs no reference text, and shows differences that perplexity averages out.
+    Avoid: models with different vocabularies.
     """
     kl, same, count = 0.0, 0, 0
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
@@ -164,6 +166,7 @@ def zero_shot(
     The scores are those of the package, without standard errors. Data: the package downloads the data of the tasks.
     limit: examples of each task, all by default. shots: solved examples before each question. batch: questions per
     batch. Errors: MissingExtra without `lm-eval`, RequestError without a task.
+    tokenizer: that of the model.
 
     Use: the scores of papers. Avoid: rankings with a small `limit`: a hundred questions have an error of 5 points.
     """

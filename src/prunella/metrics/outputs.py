@@ -20,10 +20,11 @@ _Z = 1.959963984540054
 def flip_rate(dense: Tensor, pruned: Tensor) -> float:
     """Fraction of the examples whose predicted class changes by pruning.
 
-    `mean(argmax dense != argmax pruned)` for logits `(examples, classes)`; right to wrong, wrong to right and wrong to
-    another wrong all count; the accuracy hides them. Ties go to the lowest class. Data: logits of both models.
+    `mean(argmax dense != argmax pruned)` for logits `(examples, classes)`. Changes from right to wrong, wrong to right
+    and wrong to another wrong all count; accuracy hides most of them. Ties go to the lowest class. Data: logits of both
+    models.
 
-    Use: always beside accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
+    Use: always together with accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
     """
     _check(dense, pruned)
     return float((dense.argmax(1) != pruned.argmax(1)).double().mean())
@@ -50,6 +51,7 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, adaptiv
     `sum_b (n_b / n) |accuracy_b - confidence_b|`, confidence the largest probability. bins: 1 or more, of equal width
     `(k / bins, (k + 1) / bins]`; adaptive: bins of equal numbers of examples instead, in the order of confidence.
     Data: logits `(examples, classes)` and labels `(examples,)`.
+    Errors: RequestError without a bin, or with labels of another length.
 
     Use: decisions based on probabilities. Avoid: few examples per bin: the error is then biased upwards.
     """
@@ -125,6 +127,7 @@ def pruning_identified_exemplars(dense: Tensor, pruned: Tensor) -> Mask:
 
     `mode_k dense[k] != mode_k pruned[k]`, predicted classes `(models, examples)`, one row for each seed; a tie goes to
     the lowest class. Returns bool `(examples,)`. Data: predictions of several models of each kind.
+    Errors: RequestError for predictions of different shapes.
 
     Use: finding examples that pruning, and not the seed, changes. Avoid: one model of each kind, which gives plain
     flips.

@@ -1,8 +1,8 @@
-"""Follow which units are reached from the inputs and which reach an output, through a model's own forward.
+"""Trace which units are reached from the inputs and which reach an output, through a model's own forward.
 
-Values are positive where something arrives and zero where nothing does; gradients say the same of the outputs. Every
-call is replaced by one that keeps this meaning: activations become the identity, a maximum a mean, a product of
-activations a sum. What no rule knows connects everything that goes in with everything that comes out.
+A value is positive if the input reaches it, and zero otherwise; gradients show the same for the outputs. Every call is
+replaced by one that preserves this: activations become the identity, a maximum a mean, a product of activations a sum.
+A call without a rule connects all of its inputs with all of its outputs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Kwargs = Mapping[str, Any]
 
 @dataclass
 class Met:
-    """What is known of one weight after the run: which of its elements are on a path, and its live outputs.
+    """One weight after the run: its elements on a path, and its live outputs.
 
-    outputs: by part of the weight and how it is read, for all its matrices together.
+    outputs: by part of the weight and kind of read, for all its matrices together.
     """
 
     pairs: Mask
@@ -46,7 +46,7 @@ class Met:
 
 @dataclass
 class _Weights:
-    """The weights that were met, by name, and the calls without a rule."""
+    """The weights that were read, by name, and the calls without a rule."""
 
     parameters: Mapping[str, Tensor]
     met: dict[str, Met] = field(default_factory=dict)
@@ -62,11 +62,11 @@ class _Weights:
         return id(value) in self._ids
 
     def home(self, value: Tensor) -> tuple[str, View] | None:
-        """The parameter that it is a view of."""
+        """The parameter of which the tensor is a view."""
         return self._homes.of(value)
 
     def reads(self, func: Any, args: Args, kwargs: Kwargs) -> list[Product]:
-        """The products of a call with a weight, none where the table does not know it."""
+        """The products of a call with a weight; none for calls that are not in the table."""
         try:
             every = list(products(operation(func), args, kwargs))
         except NotReadable:
@@ -89,7 +89,7 @@ class Paths(TorchFunctionMode):
 
     @property
     def unfollowed(self) -> set[str]:
-        """Calls that no rule knows."""
+        """Calls without a rule."""
         return self._weights.unfollowed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +115,7 @@ class Paths(TorchFunctionMode):
 
 
 class _Saturate(torch.autograd.Function):
-    """Ones and zeros in both directions, so that numbers neither grow nor vanish with the depth."""
+    """Replaces numbers by ones and zeros in both directions, so that they neither grow nor vanish with the depth."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _saturate(value: Tensor) -> Tensor:
 
 
 def _connect(weights: _Weights, name: str, result: Any, carried: list[Tensor]) -> Any:
-    """Everything that comes out hangs on everything that goes in."""
+    """Every output depends on every input."""
     outputs = [t for t in tensors(result) if t.is_floating_point()]
     if not outputs or not carried:
         return result
@@ -150,7 +150,7 @@ def _connect(weights: _Weights, name: str, result: Any, carried: list[Tensor]) -
 
 
 def _read(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
-    """A call that multiplies with weights: as it is, without its bias, which carries no input."""
+    """A call that multiplies with weights, run without its bias, which carries no input."""
     if operation(func) == "multi_head_attention_forward":
         return _multi_head(weights, func, args, kwargs, reads)
     biases = {id(product.bias) for product in reads}
@@ -163,7 +163,7 @@ def _read(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads: list[
 
 
 def _multi_head(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
-    """Attention with its projections: every position of a head hangs on all positions of it."""
+    """Attention with its projections: every feature of a head depends on all features of the head."""
     *inputs, last = (replace(product, output=lambda output: output) for product in reads)
     parts = [_through(weights, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
     heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
@@ -177,7 +177,7 @@ def _multi_head(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads:
 
 
 def _through(weights: _Weights, product: Product, output: Tensor, x: Tensor) -> Tensor:
-    """Note, when the gradient comes back, which elements of the weight join an input and an output on a path."""
+    """Record, in the backward pass, the elements of the weight that connect an input and an output on a path."""
     form, shape = product.form, product.operand.shape
     groups = form.sizes(shape)[0]
     alive = form.total((x.detach() > 0).double(), shape, once=True) > 0
@@ -204,7 +204,7 @@ def _watch(
     outputs: Callable[[Tensor], Mask],
     pairs: Callable[[Mask], Mask],
 ) -> Tensor:
-    """Note what a weight, or a view of one, joins, when the gradient of its output comes back."""
+    """Record, in the backward pass of its output, the connections of a weight or of a view of one."""
     home = weights.home(weight)
     assert home is not None  # it was found to be one
     name, view = home
@@ -212,12 +212,12 @@ def _watch(
         output = output.detach().requires_grad_()
     output = _saturate(output)
     reached = outputs(output)
-    known = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
-    live = known.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
+    met = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
+    live = met.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
         need = outputs(grad)
-        view.of(known.pairs).logical_or_(pairs(need))
+        view.of(met.pairs).logical_or_(pairs(need))
         live.logical_or_((need & reached).flatten())
 
     output.register_hook(needed)  # type: ignore[no-untyped-call]
@@ -225,7 +225,7 @@ def _watch(
 
 
 def _product(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    """Of two activations: what reaches either."""
+    """A product of two activations: reached if either is reached."""
     value, weight = args[-2], args[-1]
     if len(args) > 2 or value.dim() < 2 or weight.dim() < 2:
         return None
@@ -249,7 +249,7 @@ def _embedding(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tens
 
 
 def _sum(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    """Sums and products of activations: reached by what reaches either; a constant adds nothing."""
+    """Sums and products of activations: reached if either is reached; a constant adds nothing."""
     name = called(func)
     operands = [*args, *(kwargs[key] for key in ("input", "other") if key in kwargs)]
     parts = [a for a in operands if isinstance(a, Tensor) and a.dim() + 1]
@@ -270,7 +270,7 @@ def _where(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor |
 
 
 def _scaled(position: int) -> Callable[..., Tensor]:
-    """A normalization of each channel by itself: the channel passes where its scale is not zero."""
+    """A normalization per channel: the channel passes if its scale is not zero."""
 
     def rule(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
         value = args[0] if args else kwargs["input"]
@@ -315,7 +315,7 @@ def _attention(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tens
 
 
 def _max_pool(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    """A mean over the same places: what reaches any of them reaches the maximum."""
+    """A mean over the same positions: the maximum is reached if any position is."""
     order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
     dilation = given.pop("dilation", 1)
@@ -336,7 +336,7 @@ _PASS = frozenset(
         "nan_to_num reciprocal round floor ceil sign"
     ).split()
 )
-"""Calls on single numbers: what reaches the number reaches the result."""
+"""Elementwise calls: the result is reached if the number is."""
 _MOVES = frozenset(
     (
         "view reshape flatten unflatten transpose permute movedim swapaxes t mT expand repeat repeat_interleave cat "
@@ -350,7 +350,7 @@ _MOVES = frozenset(
         "is_complex __len__ register_hook stride data_ptr __bool__ requires_grad"
     ).split()
 )
-"""Calls that move or add up what is there, and those that only look: run as they are."""
+"""Calls that move or sum values, and calls that only read: run unchanged."""
 _RULES: dict[str, Callable[[_Weights, Any, Args, Kwargs], Tensor | None]] = {
     **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "addmm"), _product),
     "embedding": _embedding,

@@ -73,7 +73,7 @@ class SideEffects:
     def section(self) -> Section:
         """For a report: `report(...).adding(effects.section())`."""
         lead = f"Dense and pruned on {self.examples:,} examples. Classes: the worst {_SHOWN} with Wilson's 95 % "
-        lead += "interval and the exact paired test; nothing is corrected for how many classes were looked at."
+        lead += "interval and the exact paired test, without a correction for the number of classes."
         return Section("Side effects", lead, ("", "Dense", "Pruned"), self._rows())
 
     def _rows(self) -> tuple[tuple[str, str, str], ...]:
@@ -110,8 +110,9 @@ def side_effects(
 
     bins: of the calibration error. severity: 1 to 5. corruptions: names of `metrics.corruption.CORRUPTIONS`, for
     images `(batch, channels, height, width)` only. seed: of the noise.
+    Errors: RequestError for an unknown corruption, or a batch without labels.
 
-    Use: before a pruned model replaces its dense one. Avoid: on the data it was pruned or recovered with.
+    Use: before a pruned model replaces its dense one. Avoid: the data of pruning or recovery.
     """
     unknown = [name for name in corruptions if name not in CORRUPTIONS]
     if unknown:
@@ -159,7 +160,7 @@ def _image(inputs: Any) -> Tensor:
     if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point():
         return inputs
     raise RequestError(
-        "only images can be corrupted", "the inputs are no (batch, channels, height, width)", "corruptions=()"
+        "only images can be corrupted", "the inputs are not (batch, channels, height, width)", "corruptions=()"
     )
 
 

@@ -15,9 +15,9 @@ from prunella.registry.method import metric
 class Compression:
     """`original / new` in three scopes; 4 means that a quarter remains.
 
-    weights: elements of parameters with two axes or more, against those that are there and not zero.
-    parameters: the same of all parameters, biases and scales among them.
-    disk: bytes of parameters and buffers as a file stores them; zeros take as much room there as other numbers.
+    weights: elements of parameters with two axes or more, against the non-zero ones of the pruned model.
+    parameters: the same for all parameters, including biases and scales.
+    disk: bytes of parameters and buffers in a file, where zeros take as much space as other numbers.
     """
 
     weights: float
@@ -29,9 +29,9 @@ class Compression:
         return "compression " + ", ".join(f"{ratio:.3g}x of the {scope}" for ratio, scope in scopes)
 
 
-@metric(source="Blalock et al. 2020, arXiv:2003.03033 (which definition, and why it has to be said)")
+@metric(source="Blalock et al. 2020, arXiv:2003.03033 (definitions of the compression ratio)")
 def compression_ratio(dense: nn.Module, pruned: nn.Module) -> Compression:
-    """How many times smaller a pruned model is, counted on both models.
+    """The compression ratio of a pruned model, counted on both models.
 
     `CR = original / new`, never the fraction saved: 0.75 saved is 4. Original counts every element of the dense model;
     new counts the elements of the pruned one that are not zero, so masks and smaller shapes are on one scale. Tied

@@ -36,7 +36,7 @@ class Speedup:
 
     @property
     def theoretical(self) -> float:
-        """Ratio of the multiply-adds that are done."""
+        """Ratio of the multiply-adds."""
         return compression(self.macs[0], self.macs[1])
 
     @property
@@ -67,7 +67,7 @@ class Speedup:
 
 @metric(source="Blalock et al. 2020, arXiv:2003.03033; interval: Efron 1979, doi:10.1214/aos/1176344552")
 def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int = 40, seed: int = 0) -> Speedup:
-    """Theoretical speed-up (multiply-adds) beside the measured one (latency, with its interval).
+    """Theoretical speed-up (multiply-adds) and measured speed-up (latency, with its interval).
 
     `C_out * (C_in / g) * k^2 * H_out * W_out` a convolution, from its real padding, stride, dilation and groups;
     effective multiply-adds are a layer's times the density of its weight. Latency is measured in turn, in random order,
@@ -75,6 +75,7 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
     memory inside kernels is not seen. Data: one batch; its first axis is taken as the number of examples.
 
     rounds: 5 or more. seed: of the order of the rounds.
+    Errors: RequestError for inputs without a batch.
 
     Use: the speed-up on this machine, compared to the theoretical one. Avoid: predictions for another machine, batch
     size or number of threads.
@@ -103,7 +104,7 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
     """Multiply-adds of one forward pass that do not multiply by a zero of a weight.
 
     `sum over weights of MACs * (non-zeros / weights)`; work without a weight of its own, such as attention products,
-    counts in full. Of a masked model this is what its plan says. Data: one batch.
+    counts in full. For a masked model this equals the number in its plan. Data: one batch.
 
     Use: comparing masks, which do not change shapes. Avoid: as a speed: dense kernels multiply zeros too.
     """
@@ -119,6 +120,7 @@ def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAP
 
     Errors: NotSupported, "not measurable here", where there are no counters or they may not be read (a virtual machine,
     another system, or no permission).
+    run: the function to measure.
 
     Use: an otherwise idle machine. Avoid: short calls, and busy machines.
     """

@@ -1,4 +1,4 @@
-"""Batches of data, each with its number: an error of a model says which batch it cannot take, and what it is."""
+"""Batches of data with their numbers: an error of a model names the batch, and describes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunella.model.user_code import raised_by_user
 
 
 class BatchIterator(Iterator[Any]):
-    """The batches of some data, one after the other; it knows the number of the present one, and what the first was."""
+    """Iterates over the batches of some data, with the number of the present one and a description of the first."""
 
     def __init__(self, data: Iterable[Any], *, required: bool = True) -> None:
         self._data, self._required = data, required
@@ -24,7 +24,7 @@ class BatchIterator(Iterator[Any]):
         _alive.add(self)
 
     def __next__(self) -> Any:
-        if self._stream is None:  # not before: a loader draws random numbers then
+        if self._stream is None:  # lazily: a loader draws random numbers at its start
             self._stream = iter(self._data)
         try:
             self.batch = next(self._stream)
@@ -38,17 +38,17 @@ class BatchIterator(Iterator[Any]):
         return self.batch
 
     def place(self, batch: object) -> tuple[int, str] | None:
-        """The number of a batch and what the first one is; None if it is not the present one."""
+        """The number of a batch and a description of the first one; None if it is not the present one."""
         return (self.number, self.first) if batch is self.batch and self.number >= 0 else None
 
 
 class Listed(list[Any]):
-    """All batches of some data, in a list that knows their numbers."""
+    """All batches of some data, in a list that gives their numbers."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def place(self, batch: object) -> tuple[int, str] | None:
-        """The number of a batch and what the first one is; None if it is not here."""
+        """The number of a batch and a description of the first one; None if it is not in the list."""
         number = next((number for number, one in enumerate(self) if one is batch), None)
         return None if number is None else (number, described(self[0]))
 
@@ -57,18 +57,18 @@ _alive: WeakSet[BatchIterator | Listed] = WeakSet()
 
 
 def batches(data: Iterable[Any], *, required: bool = True) -> BatchIterator:
-    """The batches of `data`. Errors: RequestError if there must be some and are none, BadInput for an empty one."""
+    """The batches of `data`. Errors: RequestError if `required` and there are none, BadInput for an empty batch."""
     return BatchIterator(data, required=required)
 
 
 def check_batches(data: object) -> None:
-    """Errors: RequestError for one batch, whose rows would be taken for batches, and for what gives none."""
+    """Errors: RequestError for a single batch, with rows that would count as batches, and for other objects."""
     todo = "for a single batch pass data=[batch]"
     if isinstance(data, Tensor | Mapping | str):
         raise RequestError(f"data= is one {type(data).__name__}", "an iterable of batches is needed", todo)
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):  # a Dataset has no __iter__
         why = f"it is {data!r:.80}, and an iterable of batches is needed"
-        raise RequestError(f"data= is no batches but of type {type(data).__name__}", why, todo)
+        raise RequestError(f"data= is not an iterable of batches but of type {type(data).__name__}", why, todo)
 
 
 def listed(data: Iterable[Any]) -> Listed:
@@ -79,17 +79,18 @@ def listed(data: Iterable[Any]) -> Listed:
 
 
 def trainable(batch: Any) -> Any:
-    """The batch with copies of tensors that were made in `torch.inference_mode()`: no gradient passes by them."""
+    """The batch with copies of tensors made in `torch.inference_mode()`, which do not allow gradients."""
     inference = any(tensor.is_inference() for tensor in tensors(batch))
     return each(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor) if inference else batch
 
 
 @contextmanager
 def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[None]:
-    """What the model raises in the body for a batch of data, as BadInput that says which batch, and what it is.
+    """Turns an error of the model in the body into a BadInput that names and describes the batch.
 
-    It is caught as the model's own error too. What prunella raises, a function of the user outside of the model, and a
-    lack of memory pass. name: of what no `BatchIterator` knows, such as a part of a batch; without, its errors pass.
+    `except` also catches it as the model's own error. Errors of prunella, of the user's functions outside the model,
+    and a lack of memory pass. name: of a batch without a `BatchIterator`, such as a part of a batch; without a name its
+    errors pass.
     """
     try:
         yield
@@ -97,13 +98,15 @@ def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[
         raise
     except Exception as error:
         place = next((position for known in list(_alive) if (position := known.place(batch)) is not None), None)
-        asked = name or place
-        if not asked or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
+        label = name or place
+        if not label or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
             raise
         number, first = place or (0, "")
         name = f"batch {number} of data=" if place else name
         why = f"it is {described(batch)}{f', batch 0 was {first}' if number else ''}; the model {_weight(model)}"
-        todo = "give batches as the model takes them: their shapes, types and keys, or loss= that says how to run it"
+        todo = (
+            "give batches with the shapes, types and keys of the model's inputs, or loss= to run the model on a batch"
+        )
         raise _caught_as(type(error))(f"the model does not run on {name}", f"{why}; {one_line(error)}", todo) from error
 
 
@@ -143,7 +146,7 @@ def _of_model(error: BaseException, model: nn.Module) -> bool:
 
 
 def _caught_as(kind: type[Exception]) -> type[BadInput]:
-    """BadInput that `except` catches as the error of that kind as well."""
+    """A BadInput that `except` also catches as an error of that kind."""
     base = next(base for base in kind.__mro__ if base.__module__ == "builtins")
     try:
         return BadInput if issubclass(BadInput, base) else type("BadInput", (BadInput, base), {})
@@ -152,7 +155,7 @@ def _caught_as(kind: type[Exception]) -> type[BadInput]:
 
 
 class NoBatches(BadInput, RequestError):
-    """Data without a batch: bad input, as data of any other fault; a request that nothing can be done for."""
+    """Data without a batch: bad input, and an invalid request."""
 
 
 def no_batches() -> NoBatches:

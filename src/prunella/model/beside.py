@@ -1,4 +1,4 @@
-"""What lies beside the modules of a model and belongs to its state: in their classes, and in the files of these."""
+"""State of a model outside its modules: in their classes, and in the source files of these classes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prunella.model.executed import is_source
 
 NUMBERS = (bool, int, float, str, type(None), tuple)
 CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
-"""Types whose content is restored; hooks are in an `OrderedDict`."""
+"""Types with restored contents; hooks are in an `OrderedDict`."""
 _LARGEST = 10_000
-"""A longer container is data."""
+"""Longer containers count as data, not as state."""
 _MISSING = object()
 
 
 def beside(model: nn.Module) -> list[type | ModuleType]:
-    """The classes of the modules that come from source of a model's own, with their bases, and the files of these."""
+    """The classes of the model's own modules, with their bases, and their source files."""
     bases = {base for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
     files = {base: sys.modules.get(base.__module__) for base in bases}
     own = {base: file for base, file in files.items() if file and is_source(getattr(file, "__file__", None) or "<")}
@@ -29,7 +29,7 @@ def beside(model: nn.Module) -> list[type | ModuleType]:
 
 
 def values_beside(model: nn.Module) -> Iterator[Any]:
-    """Containers there, and objects of the classes of these files."""
+    """Containers in these classes and files, and objects of the classes of these files."""
     holders = beside(model)
     files = {holder.__name__ for holder in holders if isinstance(holder, ModuleType)}
     for holder in holders:
@@ -39,7 +39,7 @@ def values_beside(model: nn.Module) -> Iterator[Any]:
 
 
 def undo_numbers(model: nn.Module) -> list[Callable[[], None]]:
-    """What restores the plain numbers there."""
+    """Functions that restore the plain numbers in these classes and files."""
     return [_undo(holder) for holder in beside(model)]
 
 

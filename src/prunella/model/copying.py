@@ -1,4 +1,4 @@
-"""Copies of models, also where `copy.deepcopy` alone fails."""
+"""Copies of models, including models on which `copy.deepcopy` alone fails."""
 
 from __future__ import annotations
 

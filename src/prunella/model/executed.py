@@ -1,5 +1,7 @@
-"""Which instructions of a model's source a run executes, and which modules it calls: two runs that differ in them have
-taken another branch."""
+"""The instructions of a model's source that a run executes, and the modules that it calls.
+
+Two runs that differ in them have taken different branches.
+"""
 
 from __future__ import annotations
 

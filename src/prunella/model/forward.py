@@ -1,9 +1,9 @@
 """Forward passes on one batch, and the tensors of their outputs.
 
 With `loss(model, batch)` from the user, the library runs the model only through this function. Otherwise the type of
-the batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument. A
-loader gives labels beside the inputs: a model that takes one argument gets the first entry of a tuple or a list. The
-model runs on a copy of the batch, which it may change in place.
+the batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument.
+Loaders often give inputs and labels: a model with one argument gets the first entry of a tuple or a list. The model
+runs on a copy of the batch, which it may change in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prunella.model.trees import attributes, own, tensors
 from prunella.model.unwrap import unwrap
 
 Outputs = Callable[[nn.Module, Any], Any]
-"""A function of (model, batch) that returns what the model returns."""
+"""A function of (model, batch) that returns the model's output."""
 
 
 def forward(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
@@ -59,17 +59,17 @@ _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch
 
 
 def returned(model: nn.Module, output: Any) -> list[Tensor]:
-    """The tensors of what `model` returned. Iterators are taken, so that this can be called once.
+    """The tensors in an output of `model`. Iterators are consumed, so this works once per output.
 
-    The state that a model hands back to itself, such as a cache of keys and values, is no output: see `states`.
+    State that a model passes to its next call, such as a cache of keys and values, is not an output: see `states`.
     """
     return tensors(output, consume=True, without=states(model, output))
 
 
 def states(model: nn.Module, output: Any) -> list[object]:
-    """Objects in an output that a module of the model takes again, as an optional argument of the same name.
+    """Objects in an output that a module of the model accepts as an optional argument of the same name.
 
-    Tensors, containers and dataclasses are outputs in any case.
+    Tensors, containers and dataclasses always count as outputs.
     """
     named = {**attributes(output), **(output if isinstance(output, Mapping) else {})}
     opaque = {name: value for name, value in named.items() if _opaque(value)}
@@ -96,7 +96,7 @@ def _optional(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:
-    """What of a batch the model takes, so that `forward` gives the same for it without any trial."""
+    """The part of a batch that the model accepts, on which `forward` gives the same without a trial."""
     if isinstance(batch, tuple) and _labeled(model, batch):
         return inputs_of(model, batch[0])
     if not isinstance(batch, list):
@@ -181,11 +181,11 @@ class Logits(NamedTuple):
 
 
 def judged(output: Any, batch: Any) -> Tensor | Logits:
-    """Of what a model returned for a batch, the tensor that two models are compared by; it has an axis of samples.
+    """The tensor in an output by which two models are compared; it has an axis of samples.
 
-    The logits, if an attribute or a key has this name and there are several classes; else the first floating tensor
-    with as many rows as the batch, else the first one with an axis. A loss beside the outputs is one number and is
-    never taken. A tensor with one axis alone is one row. Errors: NotSupported if there is none.
+    The logits, if an attribute or a key has this name and there are several classes; otherwise the first floating
+    tensor with as many rows as the batch, otherwise the first one with an axis. A scalar loss in the output is never
+    taken. A tensor with a single axis is one row. Errors: NotSupported if there is none.
     """
     if isinstance(output, Logits):
         return output
@@ -195,11 +195,11 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
     rows = {tensor.shape[0] for tensor in tensors(batch) if tensor.dim()}
     candidates = [tensor for tensor in tensors(output) if tensor.dim()]
     if not candidates:
-        first_tensor(output)  # which tells of no tensor at all
+        first_tensor(output)  # raises if there is no tensor
         raise NotSupported(
-            f"the model returned {type(output).__name__} with single numbers alone",
+            f"the model returned {type(output).__name__} with only single numbers",
             "two models are compared by outputs with an axis of samples, not by a loss",
-            "leave labels out of the batches, or return the outputs beside the loss",
+            "leave labels out of the batches, or return the outputs with the loss",
         )
     floating = [tensor for tensor in candidates if tensor.is_floating_point()]
     tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or candidates)[0])
@@ -207,12 +207,12 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
 
 
 def judged_by(run: Outputs) -> Outputs:
-    """`run`, which gives of the outputs only what `judged` takes."""
+    """`run`, reduced to the tensor of `judged`."""
     return lambda model, batch: judged(run(model, batch), batch)
 
 
 def real_tokens(batch: Any) -> Tensor | None:
-    """Which tokens of a batch are no padding, one after the other, by its `attention_mask` `(samples, tokens)`.
+    """The mask of tokens that are not padding, flattened, by the `attention_mask` `(samples, tokens)` of a batch.
 
     None if the batch has no such mask, or nothing is padding.
     """

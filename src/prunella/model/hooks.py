@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def removed_after(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks at the end of the block, those too that are added to the list inside it.
+    """Remove the hooks at the end of the block, including those added to the list inside it.
 
-    A single handle of torch does so by itself: `with handle:`.
+    For a single handle, torch itself provides `with handle:`.
     """
     try:
         yield

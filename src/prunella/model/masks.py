@@ -1,4 +1,4 @@
-"""Masks beside the weights of a model.
+"""Masks of a model's weights, stored on its modules.
 
 Each module that owns a masked parameter has a small record in its plain `__dict__`: parameter name -> `Packed` (one bit
 per weight, on the CPU). The record is neither a parameter nor a buffer. Therefore `state_dict()` does not change, and
@@ -50,7 +50,7 @@ def pack(mask: Mask) -> Packed:
 
 
 def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
-    """Store `masks` beside the parameters, combined with existing masks. Weights do not change."""
+    """Store `masks` for the parameters, combined with existing masks. Weights do not change."""
     root = unwrap(model, computed=True)
     before = {parameter: packed for _, parameter, packed in records(root)}
     for parameter, new in masks.items():

@@ -82,7 +82,7 @@ class Read:
     """One product with a weight: `y = columns @ matrix^T + bias`, matrix by matrix.
 
     weight: the parameter. view: the part that is read. bias: the added parameter, or part of one, as `(groups, out)`;
-    None without a bias, or if the bias is no parameter. norm: the batch normalization that reads the output, with fixed
+    None without a bias parameter. norm: the batch normalization that reads the output, with fixed
     statistics; None without one. residual: the other term of a sum with the output (of the norm, if there is one), in
     the shape of `y`; None without a sum. part: position on the first axis of a stack, if a single matrix of the stack
     is read. refresh: compute the output again with the present weights, in place, before the pass uses it; False if

@@ -294,7 +294,7 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _recurrent_layer(*args: Any, **_: Any) -> Iterator[Product]:
-    """One layer in one direction, below autograd: its input meets one weight, the output of the step before another."""
+    """One layer in one direction, below autograd: one weight for its input, another for the previous step's output."""
     x, entering, repeated, start, reverse, steps = (args[k] for k in (0, 1, 2, 5, 7, 8))
     if steps:
         raise NotReadable("its sequences are packed")
@@ -304,7 +304,7 @@ def _recurrent_layer(*args: Any, **_: Any) -> Iterator[Product]:
 
 
 def _before(args: Sequence[Any], start: Tensor, reverse: bool) -> Tensor:
-    """What every step gets from the step before it: the outputs of the layer, and its first state."""
+    """The input of every step from the previous step: the outputs of the layer, and its first state."""
     outputs: Tensor = torch.ops.aten.mkldnn_rnn_layer(*args)[0]
     first = start.reshape(1, *outputs.shape[1:])
     return torch.cat([outputs[1:], first] if reverse else [first, outputs[:-1]])
@@ -329,15 +329,18 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
     for x, weight, own in zip(inputs, weights, biases, strict=True):
         for product in _linear(x, weight, own):
             yield replace(product, output=partial(_projected, x, weight, own))
-    out, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
+    out_weight, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
 
     def mixed() -> Tensor:
-        plain = {"out_proj_weight": torch.eye(len(out), dtype=out.dtype, device=out.device), "out_proj_bias": None}
+        plain = {
+            "out_proj_weight": torch.eye(len(out_weight), dtype=out_weight.dtype, device=out_weight.device),
+            "out_proj_bias": None,
+        }
         heads: Tensor = F.multi_head_attention_forward(**{**at, **plain, "need_weights": False})[0]
         return heads
 
     form = Contraction(f"{letters}i", "oi", f"{letters}o")
-    yield Product(out, mixed, form, at["out_proj_bias"], itemgetter(0))
+    yield Product(out_weight, mixed, form, at["out_proj_bias"], itemgetter(0))
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:

@@ -18,7 +18,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from prunella.model.rng import restore_rng_, rng_state, seeded
-from prunella.model.undo import Undo, attributes, buffers, gradient, switched, value_of, writable
+from prunella.model.undo import (
+    Undo,
+    attribute_undos,
+    buffer_undos,
+    gradient_undo,
+    parameter_undos,
+    value_of,
+    writable,
+)
 from prunella.model.unwrap import RECORD
 
 log = logging.getLogger(__name__)
@@ -31,11 +39,11 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
     """Set every module of `model` to training or evaluation mode, then restore the flag of each module.
 
     Weights may change inside, also under the caller's autocast. compiled: run the programs of `torch.compile`, which
-    ignore hooks and whatever else observes a pass.
+    ignore hooks and other observers of a pass.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)  # which may be the user's own, and raise half way
+        model.train(training)  # a `train` of the user may raise half way
         with _fresh_casts(), nullcontext() if compiled else without_compile():
             yield model
     finally:
@@ -46,14 +54,14 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
 def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
     """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
 
-    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
-    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
-    mode, in which a batch norm takes any batch.
+    The flags are set one by one, since `train()` of a module may have side effects, such as merging weights. Modules
+    have no attribute `training` inside: a property of their class answers, and records the reading line. Layers of
+    torch itself remain in evaluation mode, in which a batch norm accepts any batch.
     """
     readers: list[str] = []
     paths = {id(module): path for path, module in model.named_modules()}
-    known = [module for module in model.modules() if "training" in vars(module)]
-    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
+    flagged = [module for module in model.modules() if "training" in vars(module)]
+    hidden = {id(module) for module in flagged if type(module).__getattr__ is nn.Module.__getattr__}
     readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
     missing = nn.Module.__getattr__
 
@@ -65,7 +73,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
         readers.append(paths[id(module)])
         return training
 
-    for module in known:
+    for module in flagged:
         module.training = training
         if id(module) in hidden:
             del vars(module)["training"]
@@ -74,7 +82,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
         yield readers
     finally:
         nn.Module.__getattr__ = missing  # type: ignore[method-assign]
-        for module in known:
+        for module in flagged:
             vars(module).setdefault("training", training)
 
 
@@ -82,15 +90,15 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
 def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = True) -> Iterator[None]:
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
-    Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks); numbers
-    and containers in the classes of the modules and in the files of their source;
-    `requires_grad` and `.grad` of parameters; the random number generators of torch, CUDA, numpy and Python. Not
-    restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
+    Restored: training flags; buffers (running statistics, also if the model replaces them); plain attributes, and the
+    contents of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks); numbers and
+    containers in the classes of the modules and in their source files; `requires_grad` and `.grad` of parameters; the
+    random states of torch, CUDA, numpy and Python. Not restored: values of parameters, except for modules with their
+    own `train`, which may merge weights.
     The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
 
     seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded. parameters:
-    off for a copy that is thrown away, so that its parameters are not in memory twice.
+    False for a temporary copy, so that its parameters are not in memory twice.
     """
     with Steady(model, parameters=parameters).run(seed):
         yield
@@ -105,8 +113,12 @@ class Steady:
     def __init__(self, model: nn.Module, *, parameters: bool = True, values: bool = False) -> None:
         self.model = model
         with outside_inference():
-            self._undos: list[Undo] = [gradient(parameter) for parameter in model.parameters()]
-            self._undos += [*buffers(model), *attributes(model), *(switched(model) if parameters else ())]
+            self._undos: list[Undo] = [gradient_undo(parameter) for parameter in model.parameters()]
+            self._undos += [
+                *buffer_undos(model),
+                *attribute_undos(model),
+                *(parameter_undos(model) if parameters else ()),
+            ]
             self._undos += [value_of(parameter) for parameter in model.parameters()] if values else []
         flags = [(module, module.training) for module in model.modules()]
         self._undos.append(lambda: _set_flags(flags))
@@ -140,15 +152,15 @@ def _undo_all(undos: Sequence[Undo]) -> None:
 
 @contextmanager
 def restored_state(model: nn.Module) -> Iterator[None]:
-    """After the body, buffers and plain attributes are as before. A part of `untouched`, for runs inside of it."""
+    """Restore buffers and plain attributes after the body: a part of `untouched`, for runs inside it."""
     with ExitStack() as stack:
-        for undo in (*buffers(model), *attributes(model)):
+        for undo in (*buffer_undos(model), *attribute_undos(model)):
             stack.callback(undo)
         yield
 
 
 def without_compile() -> AbstractContextManager[Any]:
-    """Inside, what `torch.compile` has wrapped runs as it is written: its programs ignore hooks, or fail under them."""
+    """Inside, modules wrapped by `torch.compile` run eagerly: compiled programs ignore hooks, or fail under them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -157,10 +169,10 @@ def without_compile() -> AbstractContextManager[Any]:
 
 @contextmanager
 def restored_on_error(model: nn.Module, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """After any error in the body, also an interrupt, `model` is as it was before it.
+    """Restore `model` after any error in the body, including an interrupt.
 
-    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random number
-    generators. For work in place; it costs a copy of the model. but: errors after which the model is as it should be.
+    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random states.
+    For work in place; it costs a copy of the model. but: errors that leave the model in its intended state.
     """
     tensors = [*model.parameters(), *model.buffers()]
     undos = [_written(tensor) for tensor in tensors]
@@ -213,14 +225,14 @@ def _record(module: nn.Module) -> Undo:
 
 
 def outside_inference() -> AbstractContextManager[Any]:
-    """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
+    """Inside, new tensors allow gradients, also if the caller is in `torch.inference_mode()`."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None) -> bool:
-    """Whether a loss that has just failed in evaluation mode exists in training mode; the model is then left in it.
+    """Whether a loss that failed in evaluation mode works in training mode; if so, the model is left in that mode.
 
-    Detectors return their losses in training mode only. Modules that draw random numbers or keep statistics stay in
+    Detectors return their losses only in training mode. Modules that draw random numbers or track statistics remain in
     evaluation mode. Call it inside a guard that restores the flags.
     """
     if loss is None:
@@ -233,7 +245,7 @@ def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module,
     except Exception:  # whatever a user's function raises: it fails in both modes
         _set_flags(flags)
         return False
-    log.warning("the loss exists in training mode only: it runs in it, with norms and dropout in evaluation mode")
+    log.warning("the loss exists only in training mode: it runs there, with norms and dropout in evaluation mode")
     return True
 
 

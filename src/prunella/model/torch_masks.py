@@ -1,7 +1,7 @@
 """Models under `torch.nn.utils.prune`, whose weights are computed from `weight_orig` and `weight_mask` in a hook.
 
-Functions that read such a model work on a copy with plain weights and the same masks; functions that write into it give
-it plain weights first. Parameters stay the same objects, so that an optimizer goes on.
+Functions that read such a model work on a copy with plain weights and the same masks; functions that change it convert
+it to plain weights first. Parameters remain the same objects, so that an optimizer continues to train them.
 """
 
 from __future__ import annotations

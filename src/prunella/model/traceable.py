@@ -1,4 +1,4 @@
-"""What cannot be observed while it runs, refused before any work with the reason."""
+"""Refuse models that cannot be observed during a run, with the reason, before any work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_traceable(model: nn.Module) -> None:
     if scripted:
         raise NotSupported(
             f"{scripted[0]} is a torch.jit.ScriptModule{_more(scripted)}",
-            "TorchScript runs a copy of the source of its own, in which no size can follow a cut",
+            "TorchScript runs its own copy of the source, in which no size can follow a cut",
             "plan with the Python module that was scripted or traced, and script the smaller model",
         )
 

@@ -1,7 +1,6 @@
-"""Trees of tensors: whatever a model takes or returns, from one tensor to objects of any class.
+"""Trees of tensors: any input or output of a model, from one tensor to objects of any class.
 
-`parts` is the only place that says what is inside a value. `tensors` lists the tensors of a tree, `each` changes them
-in the same order, `own` copies a batch.
+`tensors` lists the tensors of a tree, `each` changes them in the same order, `own` copies a batch.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ _PLAIN = frozenset({dict, list, tuple, set, frozenset})
 Done = dict[int, tuple[Any, Any]]
 
 _ENDLESS = 2_000
-"""An iterator of more items is taken for endless."""
+"""Iterators with more items count as endless."""
 
 
 def tensors(tree: Any, *, consume: bool = False, without: Iterable[object] = ()) -> list[Tensor]:
-    """All tensors of a tree, in order, from containers, views, objects of any class, and what functions hold on to.
+    """All tensors of a tree, in order, from containers, views, objects of any class, and closures of functions.
 
-    consume: take the items out of iterators and generators too. This runs them, so it is for the outputs of a model.
-    without: objects that are not looked into.
+    consume: also consume iterators and generators. This runs them, so it is for the outputs of a model.
+    without: objects that are not searched.
     """
     collected: list[Tensor] = []
     _collect(tree, collected, {id(value): value for value in without}, consume=consume, again=True)
@@ -60,7 +59,7 @@ def tensors(tree: Any, *, consume: bool = False, without: Iterable[object] = ())
 
 
 def is_empty(value: object) -> bool:
-    """Whether a value is a plain dictionary without an entry, as are most attributes of a module: those for hooks."""
+    """Whether a value is an empty plain dictionary, like most attributes of a module: those for hooks."""
     return type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None)
 
 
@@ -79,14 +78,14 @@ def _collect(value: Any, collected: list[Tensor], path: dict[int, Any], *, consu
     for item in items(value, consume=consume):
         _collect(item, collected, path, consume=consume, again=again)
     for item in attributes(value).values():
-        # A container may keep its items in its attributes too, and an object may be reached in several ways.
+        # A container may also store its items in attributes, and an object may be reached by several paths.
         _collect(item, collected, path, consume=consume, again=False)
     if type(value) in _PLAIN:
         del path[id(value)]
 
 
 def items(value: Any, *, consume: bool = False) -> list[Any]:
-    """The items of a container, or what a function holds on to."""
+    """The items of a container, or the objects that a function refers to."""
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, Set) and not isinstance(value, MappingView):
@@ -113,14 +112,14 @@ def attributes(value: Any) -> dict[str, Any]:
 
 
 def each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with every tensor changed, in the order of `tensors`. Iterators, views and functions stay."""
+    """The same tree with every tensor changed, in the order of `tensors`. Iterators, views and functions are kept."""
     return _changed(tree, change, {})
 
 
 def own(batch: Any) -> Any:
-    """A copy of a batch, which a model may change in place. Tensors that are one in the batch are one in the copy.
+    """A copy of a batch, which a model may change in place. Shared tensors of the batch are shared in the copy.
 
-    A subclass of `Tensor` becomes a plain tensor, unless it has a storage of its own kind.
+    A subclass of `Tensor` becomes a plain tensor, unless it has its own kind of storage.
     """
     copies: dict[int, Tensor] = {}
 
@@ -194,7 +193,7 @@ def _with_items(value: Any, new_items: list[Any]) -> Any:
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set a plain attribute, also of a frozen dataclass and of an object that checks what is assigned."""
+    """Set a plain attribute, also of a frozen dataclass and of an object that checks assignments."""
     stored = _stored(owner)
     if name in stored:
         stored[name] = value
@@ -211,7 +210,7 @@ def _stored(value: Any) -> dict[str, Any]:
 
 
 def _held(value: Any) -> list[Any]:
-    """What a function, a method or a partial call holds on to."""
+    """The objects that a function, a method or a partial call refers to."""
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, MethodType):
@@ -243,7 +242,7 @@ def _form(value: object) -> tuple[str, str]:
 
 
 def _noted(tensor: Tensor) -> bool:
-    """Whether somebody attached attributes to a plain tensor."""
+    """Whether a plain tensor has additional attributes."""
     return type(tensor) is Tensor and bool(getattr(tensor, "__dict__", None))
 
 

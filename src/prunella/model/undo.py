@@ -1,6 +1,6 @@
-"""What puts the state of a model back: gradients, buffers, plain attributes and what they hold, values of parameters.
+"""Functions that restore the state of a model after a run: buffers, gradients, plain attributes and their contents.
 
-Each function here looks at the state as it is now, and returns functions that put it back, as often as one likes.
+Each function takes the present state and returns functions that restore it; `model/state.py` calls them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prunella.model.executed import is_source
 from prunella.model.trees import is_empty
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
+
 Undo = Callable[[], None]
 
 
@@ -32,7 +33,7 @@ def writable(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def gradient(parameter: nn.Parameter) -> Undo:
+def gradient_undo(parameter: nn.Parameter) -> Undo:
     required, grad = parameter.requires_grad, parameter.grad
 
     def undo() -> None:
@@ -43,7 +44,7 @@ def gradient(parameter: nn.Parameter) -> Undo:
     return undo
 
 
-def buffers(model: nn.Module) -> list[Undo]:
+def buffer_undos(model: nn.Module) -> list[Undo]:
     return [
         _buffer(module, name, buffer)
         for module in model.modules()
@@ -52,15 +53,15 @@ def buffers(model: nn.Module) -> list[Undo]:
     ]
 
 
-def switched(model: nn.Module) -> list[Undo]:
-    """Undo what a `train` of the user's writes into parameters."""
+def parameter_undos(model: nn.Module) -> list[Undo]:
+    """Undo writes of the user's own `train` methods to parameters."""
     own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
     return [value_of(parameter, _held) for parameter in parameters.values()]
 
 
 _held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-"""Values of parameters that guards keep, by the id of the parameter, which lives as long as the value."""
+"""Values of parameters that guards store, by the id of the parameter, which lives as long as the value."""
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
@@ -76,8 +77,8 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
 def value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
     """Undo writes into a tensor. A tensor on the meta device has no values to restore.
 
-    held: a guard inside another one shares the value that the outer one keeps, if it is still that of the tensor:
-    otherwise a language model would be in memory once more for each guard.
+    held: a nested guard shares the value stored by the outer guard, if the tensor still has it: otherwise each guard
+    would add a copy of a language model to the memory.
     """
     if tensor is None or tensor.device.type == "meta":
         return lambda: None
@@ -89,7 +90,7 @@ def value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = N
     def undo() -> None:
         if not _equal(tensor, before):
             with writable(tensor):
-                if tensor.shape != before.shape:  # an observer has a size once it has seen data
+                if tensor.shape != before.shape:  # an observer gets its size from the first data
                     tensor.resize_(before.shape)
                 tensor.copy_(before)
 
@@ -103,7 +104,7 @@ def _equal(tensor: Tensor, before: Tensor) -> bool:
         return False
 
 
-def attributes(model: nn.Module) -> list[Undo]:
+def attribute_undos(model: nn.Module) -> list[Undo]:
     seen = set[int]()
     undos = [_plain(vars(module), seen) for module in model.modules()]
     undos += undo_numbers(model)
@@ -111,7 +112,7 @@ def attributes(model: nn.Module) -> list[Undo]:
 
 
 def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
-    """Undo changes of plain attributes, so that no cache remains after a run. seen: values that others restore."""
+    """Undo changes of plain attributes, so that no cache remains after a run. seen: values restored elsewhere."""
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     hooks = [value for value in before.values() if is_empty(value)]
     undos = [undo for value in before.values() if not is_empty(value) for undo in _undos_of(value, seen)]
@@ -131,9 +132,9 @@ def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
 
 
 def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
-    """What restores the content of a value. Most hold no content at all.
+    """Functions that restore the contents of a value; most values have none.
 
-    An object or a container in it is restored too, such as the dictionary of a cache.
+    Objects and containers in it are restored too, such as the dictionary of a cache.
     """
     if type(value) in _ATOMS or id(value) in seen:
         return
@@ -160,7 +161,7 @@ def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
 
 _ATOMS = frozenset({type(None), bool, int, float, str, tuple, type, FunctionType, MethodType})
 _DEPTH = 3
-"""An object in an object in an attribute is restored, and what it holds."""
+"""Depth to which objects in attributes are restored."""
 
 
 def _slots_of(value: object) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _slots_undo(value: object, slots: dict[str, Any]) -> Undo:
 
 
 def _is_plain_object(value: object) -> bool:
-    """An object that holds attributes, such as a configuration or a record of features."""
+    """Whether a value is an object with attributes, such as a configuration or a record of features."""
     excluded = isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value)
     return not excluded and type(getattr(value, "__dict__", None)) is dict
 

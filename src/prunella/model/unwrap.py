@@ -50,7 +50,7 @@ def unwrap(model: nn.Module, *, sharded: bool = False, computed: bool = False) -
 
 
 def eager(model: nn.Module) -> nn.Module:
-    """The model without `torch.compile`, whose programs ignore hooks; data parallelism averages gradients and stays."""
+    """The model without `torch.compile`, whose programs ignore hooks, but with its data-parallel wrapper."""
     parallel = nn.parallel.DistributedDataParallel
     while not isinstance(model, parallel) and (inner := _inner(model)) is not None:
         model = inner
@@ -70,14 +70,14 @@ def bare_optimizer(optimizer: object) -> Optimizer:
     """The optimizer that steps the weights, inside wrappers such as those of accelerate (and so of the Trainer).
 
     A wrapper holds an optimizer with the very same parameter groups, under any name. Errors: RequestError for an object
-    whose steps torch does not announce, so that nothing could follow them.
+    without step hooks, since its steps cannot be observed.
     """
     while (inner := _inner_optimizer(optimizer)) is not None:
         optimizer = inner
     if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
         raise RequestError(
             f"the steps of a {type(optimizer).__name__} cannot be followed",
-            "it is no torch.optim.Optimizer, and holds none with its parameter groups",
+            "it is not a torch.optim.Optimizer, and holds none with its parameter groups",
             "pass the torch optimizer inside it",
         )
     return optimizer
@@ -105,10 +105,10 @@ def _inner(model: nn.Module) -> nn.Module | None:
 
 
 def _without_compiled_parts(model: nn.Module) -> nn.Module:
-    """The model, or, where modules inside it are wrapped by `torch.compile`, another tree over the same modules.
+    """The model, or another tree over the same modules if `torch.compile` wraps modules inside it.
 
     Modules above a wrapper are new objects with the attributes, parameters, buffers and masks of the old ones, so that
-    the caller's model stays compiled; all other modules are the very same.
+    the caller's model remains compiled; all other modules are the same objects.
     """
     if any(
         isinstance(getattr(module, "_orig_mod", None), nn.Module) or _compiled(module) for module in model.modules()

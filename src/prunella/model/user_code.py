@@ -1,4 +1,4 @@
-"""Whose code raised an error: the frames of the user's own functions, and what a user's function returned."""
+"""Errors and results of the user's code: the frames of the user's functions, and checks of returned values."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _OWN = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _INSTALLED = tuple({f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
 _CALLS_OF_OTHERS = (f"nn{os.sep}modules{os.sep}module.py", f"utils{os.sep}data{os.sep}")
-"""Files of torch that run a module or a dataset: what they call belongs to the user, wherever it is installed."""
+"""Files of torch that run a module or a dataset: functions that they call count as the user's, wherever installed."""
 _PASS_ON = frozenset({"__torch_function__", "__torch_dispatch__", "<lambda>"})
-"""Functions of prunella that pass a call on unchanged: an error that they end with comes from that call."""
+"""Functions of prunella that pass a call on unchanged: an error raised through them comes from that call."""
 _WRITTEN = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
 
 
@@ -70,8 +70,7 @@ def user_frames(error: BaseException) -> tuple[Frame, ...]:
 def raised_by_user(error: BaseException, *, at_boundary: bool = False) -> bool:
     """Whether code of the user raised an error: their function, dataset or model, called by prunella.
 
-    at_boundary: the caller has just called a function of the user, so that everything but prunella's own code is
-    theirs.
+    at_boundary: the caller has just called a function of the user, so that all code except prunella's is the user's.
     """
     if isinstance(error.__cause__, StopIteration):  # of a generator: Python raises another error in its place
         error = error.__cause__
@@ -89,11 +88,11 @@ def raised_in_user_file(error: BaseException) -> bool:
 
 
 def user_error(error: BaseException, what: str) -> PruningError:
-    """The typed error for what code of the user raised, with the line that raised it."""
+    """The typed error for an error of the user's code, with the line that raised it."""
     frames = user_frames(error) or tuple(_frames(error))[::-1]
     place = next((frame for frame in frames if not frame.own and not frame.file.startswith(_TORCH)), None)
     why = " ".join(f"{type(error).__name__}: {_text(error)}".partition("Original Traceback")[0].split())
-    todo = "mend it there; --debug shows the whole traceback"
+    todo = "fix it there; --debug shows the full traceback"
     return out_of_resources(error) or BadInput(what, f"{why} ({place})" if place else why, todo)
 
 
@@ -105,7 +104,7 @@ def _text(error: BaseException) -> str:
 
 
 def call_user(function: Callable[..., Any], spec: str, *args: Any, **kwargs: Any) -> Any:
-    """Call what the user gave; an error of theirs is told as theirs, with its line. Errors of prunella pass."""
+    """Call a function of the user; its errors are reported as the user's, with the line. Errors of prunella pass."""
     try:
         return function(*args, **kwargs)
     except PruningError:
@@ -152,15 +151,15 @@ def _named(value: Any) -> str:
 
 
 def quality_of(value: Any, what: str, of: str, *, dense: bool) -> float:
-    """The quality that a function of the user returned for a model. of: says which model.
+    """The quality that a function of the user returned for a model. of: describes the model.
 
-    Errors: RequestError for what is no number, BadInput for NaN and for infinity. A model that was cut may be
-    infinitely bad; the dense one may not.
+    Errors: RequestError for anything but a number, BadInput for NaN and for infinity. A cut model may be infinitely
+    bad; the dense one may not.
     """
     number = number_of(value, what)
     if math.isnan(number) or number == math.inf or (dense and math.isinf(number)):
         why = f"it gave {'NaN' if math.isnan(number) else number} for {of}"
-        raise BadInput("the evaluation is no number", why, "return a number for every model; higher is better")
+        raise BadInput("the evaluation is not a number", why, "return a number for every model; higher is better")
     return number
 
 

@@ -33,7 +33,7 @@ Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    """A read whose output no other call has used yet. output: the tensor that the pass goes on with.
+    """A read whose output no other call has used yet. output: the tensor with which the pass continues.
 
     calls: the product, and the calls that passed its output on. version: of the input, when the product read it.
     single: whether the call has one product with a watched weight.
@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
     """Report every `Read` of the parameters `wanted`; other calls run unchanged.
 
     `others`: parameter id -> a call that takes the parameter and cannot be read. `computed`: parameter id -> the first
-    call that computes other values from the parameter and is no product.
+    call that computes other values from the parameter and is not a product.
     `reused`: parameter ids whose output a batch normalization reads, and another call as well.
     stacks: also report single matrices of parameters with three axes, for example the experts of a mixture.
     """
@@ -157,9 +157,9 @@ class Watch(TorchFunctionMode):
         This happens before the call, since an in-place sum would overwrite the residual. A sum that scales one of its
         sides by `alpha` has no residual of the output's own size.
         """
-        given = tensors([args, kwargs]) if self._pending or self._normed else []
-        self.reused.update(weight for output, weight in self._normed if any(t is output() for t in given))
-        for pending in [entry for entry in self._pending if any(tensor is entry.output for tensor in given)]:
+        arguments = tensors([args, kwargs]) if self._pending or self._normed else []
+        self.reused.update(weight for output, weight in self._normed if any(t is output() for t in arguments))
+        for pending in [entry for entry in self._pending if any(tensor is entry.output for tensor in arguments)]:
             self._pending.remove(pending)
             first = bool(args) and args[0] is pending.output
             if name in _PASSES_ON and first:
@@ -205,7 +205,7 @@ _METADATA |= {"dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "
 
 
 def _looks(func: Any) -> bool:
-    """Whether a call reads no values: `x.dim()`, `x.shape`."""
+    """Whether a call reads only metadata: `x.dim()`, `x.shape`."""
     name = getattr(func, "__name__", "")
     return (getattr(func.__self__, "__name__", "") if name == "__get__" else name) in _METADATA
 

@@ -1,4 +1,4 @@
-"""From a request to a plan: candidates, budgets and the accounting of what a plan gives."""
+"""From a request to a plan: candidates, budgets and the accounting of a plan's costs."""
 
 import lazy_loader
 

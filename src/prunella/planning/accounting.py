@@ -34,7 +34,7 @@ class Amount:
 class Row:
     """One line of a plan: a group of units, or the mask of one weight.
 
-    counted_with: the row that has the numbers of all of its weights, where another group cuts them too.
+    counted_with: the row that counts its weights, if another group cuts all of them too.
     """
 
     name: str
@@ -66,9 +66,9 @@ def model_weights(graph: Graph, keep: Keep) -> float:
 
 
 def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) -> Amount:
-    """Size and cost of the model under masks: masked weights count as nothing, except in bytes, since zeros are stored.
+    """Size and cost of the model under masks: masked weights count only in bytes, since zeros are stored.
 
-    Masks of what does not multiply, a bias for instance, are parameters that go, and no multiply-adds.
+    Masks of parameters that do not multiply, such as a bias, remove parameters but no multiply-adds.
     """
     dense = amount(graph, {})
     layers = {layer.entity for layer in graph.layers}
@@ -135,7 +135,7 @@ def mask_rows(graph: Graph, masks: Mapping[str, Mask], pattern: Pattern) -> tupl
 
 
 def sparsity(rows: Sequence[Row]) -> float:
-    """Fraction of the units (weights) that goes; tokens count only where nothing else does."""
+    """Fraction of the units (weights) that is removed; tokens count only if nothing else is pruned."""
     counted = [row for row in rows if row.kind != "vocabulary"] or rows
     total = sum(row.total for row in counted)
     return 1 - sum(row.kept for row in counted) / total if total else 0.0

@@ -1,4 +1,4 @@
-"""From scores to counts: who competes, in which steps a group may shrink, and where the target is met."""
+"""From scores to counts: the competing pools, the steps in which each may shrink, and the counts that meet a target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Ladder:
     stride: int
 
     def removed(self, steps: int) -> int:
-        """Units removed after so many steps."""
+        """Units removed after this many steps."""
         return self.first + (steps - 1) * self.stride if steps else 0
 
 
@@ -48,7 +48,7 @@ def ladder(keys: Tensor, min_density: float, round_to: int, min_units: int = 1) 
 
 
 def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
-    """The keys of every pool, checked to be what `Allocation` promises."""
+    """The keys of every pool, checked against the contract of `Allocation`."""
     keys = allocation(pools)
     for pool, key in zip(pools, keys, strict=True):
         if key.shape != pool.scores.shape or not bool(torch.isfinite(key).all()) or bool((key.diff() < 0).any()):
@@ -60,9 +60,9 @@ def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
 
 
 def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool], *, equal_widths: bool = False) -> Counts | None:
-    """Units to remove from every pool: the fewest that meet the target; None if even all together do not.
+    """Units to remove from every pool: the fewest that meet the target; None if removing all of them does not.
 
-    equal_widths: a key that is removed in one pool is removed in all that have it.
+    equal_widths: a key that is removed in one pool is removed in all pools that have it.
     """
 
     def reached(steps: Counts) -> bool:
@@ -85,7 +85,7 @@ def _equalized(ladders: Sequence[Ladder], steps: Counts) -> Counts:
 
 
 def removed(ladders: Sequence[Ladder], steps: Counts) -> Counts:
-    """Units removed from every pool after so many steps on its ladder."""
+    """Units removed from every pool after this many steps on its ladder."""
     return tuple(entry.removed(count) for entry, count in zip(ladders, steps, strict=True))
 
 

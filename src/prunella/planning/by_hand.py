@@ -1,4 +1,4 @@
-"""Units and weights that are chosen by hand: positions, masks, ratios and counts, by the name of a layer."""
+"""Units and weights chosen by hand: positions, masks, ratios and counts, by the name of a layer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ByHand:
-    """What goes, whatever scores and budget say. Keys are names of layers, or patterns (`fnmatch`).
+    """Units and weights pruned regardless of scores and budget. Keys are names of layers, or patterns (`fnmatch`).
 
-    remove, keep: positions that go, or the only ones that stay. Channels of the output of a layer; units of the group
-        of a name, where units are no channels (heads, experts, blocks). For masks: a bool tensor like the weight.
-    ratios: fraction in [0, 1) of the units (weights) of every group (layer) that goes, those of lowest score first.
-    counts: number of units (weights) that goes, those of lowest score first.
+    remove, keep: positions to remove, or the only positions to keep. They are output channels of a layer, or units of
+        the named group (heads, experts, blocks). For masks: a bool tensor of the weight's shape.
+    ratios: fraction in [0, 1) of the units (weights) of every group (layer) to remove, lowest scores first.
+    counts: number of units (weights) to remove, lowest scores first.
 
-    Positions come before ratios and counts; among these an exact name comes before a pattern, and of two patterns the
-    later one counts.
+    Positions take precedence over ratios and counts. Among ratios and counts an exact name takes precedence over a
+    pattern, and the later of two patterns applies.
     """
 
     remove: Mapping[str, Positions] = field(default_factory=dict)
@@ -43,23 +43,27 @@ class ByHand:
 
     def __post_init__(self) -> None:
         for option in ("remove", "keep", "ratios", "counts"):
-            given = getattr(self, option)
-            if not isinstance(given, Mapping):
-                why = f"it is a {type(given).__name__}; a mapping from the name of a layer is needed"
+            by_layer = getattr(self, option)
+            if not isinstance(by_layer, Mapping):
+                why = f"it is a {type(by_layer).__name__}; a mapping from the name of a layer is needed"
                 raise RequestError(f"{option}= is not read", why, f"for example {option}={_EXAMPLES[option]}")
         both = [name for name in self.remove if name in self.keep] + [n for n in self.ratios if n in self.counts]
         if both:
-            raise RequestError(f"{both[0]} is named twice", "two options say what goes of it", "give one of the two")
+            raise RequestError(
+                f"{both[0]} is named twice", "two options determine what is pruned of it", "give one of the two"
+            )
         for name, ratio in self.ratios.items():
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
                 todo = f"for example ratios={_EXAMPLES['ratios']}"
                 raise RequestError(
-                    f"ratios= for {name} is {ratio!r}", "a ratio is the fraction that goes, in [0, 1)", todo
+                    f"ratios= for {name} is {ratio!r}", "a ratio is the fraction to remove, in [0, 1)", todo
                 )
         for name, count in self.counts.items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 todo = f"for example counts={_EXAMPLES['counts']}"
-                raise RequestError(f"counts= for {name} is {count!r}", "a count is how many go, a whole number", todo)
+                raise RequestError(
+                    f"counts= for {name} is {count!r}", "a count is the number of units to remove, a whole number", todo
+                )
 
     def __bool__(self) -> bool:
         return bool(self.remove or self.keep or self.ratios or self.counts)
@@ -96,7 +100,7 @@ def _is_mask(values: Sequence[Any]) -> bool:
 
 
 def _whole(value: Any) -> Any:
-    """A whole number of any library as one of Python; other values as they are, to be refused."""
+    """An integer of any library as a Python integer; other values are returned unchanged, to be refused."""
     try:
         return value if isinstance(value, bool) else index(value)
     except TypeError:
@@ -110,11 +114,11 @@ def _as_data(given: Positions) -> list[int] | str:
 
 
 def check_beside(by_hand: ByHand, target: Target | None, *, masks: bool) -> None:
-    """Errors: RequestError for a target that counts only what competes, where something is chosen by hand."""
+    """Errors: RequestError for a target that counts only competing units, if units are also chosen by hand."""
     prunable = isinstance(target, Sparsity) and target.of == "prunable"
     if not by_hand or target is None or isinstance(target, Threshold) or not (masks or prunable):
         return
-    what = "masks that are chosen by hand" if masks else "what is chosen by hand"
+    what = "masks chosen by hand" if masks else "units chosen by hand"
     todo = "choose the rest by ratios= too" + ("" if masks else ", or ask for MACs, Params or Bytes")
     raise RequestError(f"{target} does not go with {what}", "it counts only the units that compete for it", todo)
 
@@ -129,10 +133,10 @@ def kept_by_position(
     frozen: Sequence[Frozen],
     hidden: Mapping[str, int] = NOTHING,
 ) -> dict[str, Mask]:
-    """Group -> the units that `remove` and `keep` leave of it; whole units go, with all that is coupled to them.
+    """Group -> the units kept by `remove` and `keep`; units are removed with all slices coupled to them.
 
     hidden: recurrent layer -> its hidden size; its weights have several rows for each of these units.
-    Errors: RequestError for an unknown name or position, or too few units; NotSupported for what may not be pruned.
+    Errors: RequestError for an unknown name or position, or too few units; NotSupported for units that are frozen.
     """
     masks: dict[str, Mask] = {}
     sizes = {group.name: group.size for group in groups}
@@ -166,9 +170,11 @@ class _Axis:
 
     def units(self, positions: Positions, frozen: Sequence[Frozen]) -> list[tuple[str, int]]:
         """Group and unit of each position. Errors: RequestError, NotSupported."""
-        given: object = positions
-        if isinstance(given, str | bytes | Mapping) or not (isinstance(given, Iterable) or hasattr(given, "tolist")):
-            why = f"{given!r} is given; whole numbers or a bool mask are needed"
+        entries_given: object = positions
+        if isinstance(entries_given, str | bytes | Mapping) or not (
+            isinstance(entries_given, Iterable) or hasattr(entries_given, "tolist")
+        ):
+            why = f"{entries_given!r} is given; whole numbers or a bool mask are needed"
             raise RequestError(
                 f"the positions of {self.name} cannot be read", why, f"for example {_EXAMPLES['remove']}"
             )
@@ -180,16 +186,18 @@ class _Axis:
         wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < self.size]
         if wrong:
             why = f"positions are 0 to {self.size - 1}"
-            raise RequestError(f"{self.name} has no position {wrong[0]!r}", why, "counting starts at 0")
+            raise RequestError(f"{self.name} has no position {wrong[0]!r}", why, "positions count from 0")
         stuck = [x for x in numbers if x not in self.owner]
         if stuck:
             reason = next((entry.reason for entry in frozen if entry.entity == self.entity), "no group has it")
-            raise NotSupported(f"position {stuck[0]} of {self.name} cannot go", reason, "`prunella inspect` shows why")
+            raise NotSupported(
+                f"position {stuck[0]} of {self.name} cannot be removed", reason, "`prunella inspect` shows why"
+            )
         return [self.owner[x] for x in numbers]
 
 
 def _axes_named(graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen], name: str) -> list[_Axis]:
-    """The axes that a name or a pattern means: those of layers of that name, else the groups inside a module."""
+    """The axes for a name or a pattern: those of layers of that name, otherwise the groups inside a module."""
     layers = _axes_of_layers(graph, groups, name)
     if layers:
         return layers
@@ -221,7 +229,7 @@ def _axes_of_layers(graph: Graph, groups: Sequence[Group], name: str) -> list[_A
 
 
 def _makers(graph: Graph, group: Group, name: str) -> list[Member]:
-    """The members that make the units of a group under this name: weights, else scales of a norm."""
+    """The members of this name that produce the units of a group: weights, otherwise scales of a norm."""
     for role in ("out", "scale"):
         members = [m for m in group.members if m.role == role and matches(name, _names(graph, m.entity))]
         if members:
@@ -252,27 +260,27 @@ def _check_width(group: Group, kept: int) -> None:
 
 @dataclass(frozen=True)
 class Quota:
-    """How much goes: a ratio in [0, 1), or a count of units (weights)."""
+    """The amount to remove: a ratio in [0, 1), or a count of units (weights)."""
 
     ratio: float | None = None
     count: int | None = None
 
     def of(self, size: int) -> int:
-        """How many of `size` go."""
+        """The number of units to remove out of `size`."""
         return round(size * self.ratio) if self.ratio is not None else int(self.count or 0)
 
 
 def quotas_of_groups(
     by_hand: ByHand, graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen]
 ) -> dict[str, Quota]:
-    """Group -> how much of it goes by `ratios` and `counts`. Errors: as `kept_by_position`."""
+    """Group -> its quota by `ratios` and `counts`. Errors: as `kept_by_position`."""
     return _quotas(by_hand, graph, groups, frozen, {group.name: names_of_group(graph, group) for group in groups})
 
 
 def quotas_of_layers(
     by_hand: ByHand, graph: Graph, layers: Sequence[Layer], frozen: Sequence[Frozen]
 ) -> dict[str, Quota]:
-    """Entity of a layer -> how many of its weights go by `ratios` and `counts`. Errors: as `kept_by_position`."""
+    """Entity of a layer -> the quota of its weights by `ratios` and `counts`. Errors: as `kept_by_position`."""
     return _quotas(by_hand, graph, layers, frozen, {layer.entity: names_of_layer(graph, layer) for layer in layers})
 
 
@@ -299,7 +307,7 @@ def _quotas(
 
 
 def steps_for(name: str, ladder: Ladder, quota: Quota, size: int) -> int:
-    """Units that go of a group: the nearest width that it may have. Errors: RequestError for a count it cannot lose."""
+    """Steps for a group's quota: to the nearest allowed width. Errors: RequestError for a count that is not allowed."""
     asked = quota.of(size)
     choices = [ladder.removed(step) for step in range(len(ladder.keys) + 1)]
     nearest = min(choices, key=lambda count: (abs(count - asked), count))
@@ -349,14 +357,16 @@ def _is_pattern(name: str) -> bool:
 def _unknown(
     graph: Graph, known_by_name: Sequence[Group] | Sequence[Layer], frozen: Sequence[Frozen], name: str
 ) -> RequestError | NotSupported:
-    """The error of a name that means nothing that takes part: frozen, with the reason, or misspelt."""
+    """The error of a name without prunable units: frozen, with the reason, or misspelled."""
     entry = next((x for x in frozen if matches(name, parts(x.entity))), None)
     if entry is not None:
-        return NotSupported(f"{name} takes no part", entry.reason, "`prunella inspect` shows what may go")
-    known = {part.name for part in known_by_name}
-    known |= {around for entity in graph.entities for around in _names(graph, entity)}
+        return NotSupported(f"{name} cannot be pruned", entry.reason, "`prunella inspect` shows what can be pruned")
+    names = {part.name for part in known_by_name}
+    names |= {around for entity in graph.entities for around in _names(graph, entity)}
     try:
-        check_known(known, (), [name])
+        check_known(names, (), [name])
     except RequestError as error:
         return RequestError(f"there is no layer {name!r} to prune", error.why, error.todo)
-    return NotSupported(f"{name} takes no part", "no units are made by it", "`prunella inspect` shows what may go")
+    return NotSupported(
+        f"{name} cannot be pruned", "it produces no units", "`prunella inspect` shows what can be pruned"
+    )

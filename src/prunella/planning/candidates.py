@@ -27,15 +27,15 @@ from prunella.types import Mask, Scores
 
 
 class Candidates(Protocol):
-    """Pools that shrink, and what is left of the model when they do."""
+    """Pools that shrink, and the remaining amount of the model."""
 
     @property
     def pools(self) -> Sequence[Pool]:
-        """Who competes."""
+        """The competing pools."""
         ...
 
     def amount(self, target: Target, removed: Counts) -> float:
-        """What remains, in the target's unit, when so many steps are removed from every pool."""
+        """The remaining amount in the target's unit after these removals from every pool."""
         ...
 
     def budget(self, target: Target) -> float:
@@ -45,9 +45,9 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True)
 class BudgetRules:
-    """How a budget is allocated: see `Recipe`; `round_to` and `min_units` have an entry for each pool.
+    """Rules for allocating a budget, as in `Recipe`; `round_to` and `min_units` have an entry for each pool.
 
-    allow_unchanged: whether a target may be met by the model as it is.
+    allow_unchanged: whether the unpruned model may meet the target.
     """
 
     allocation: Allocation
@@ -63,7 +63,7 @@ def allocate_budget(
 ) -> Counts:
     """Units to remove from every pool: the shortest prefix of the allocation's order that meets the target.
 
-    Errors: TargetMissed when even everything that may go is not enough, or when nothing would go.
+    Errors: TargetMissed if removing all prunable units is not enough, or if nothing would be removed.
     """
     keys = allocate(candidates.pools, rules.allocation)
     limits = zip(keys, rules.round_to, rules.min_units, strict=True)
@@ -116,7 +116,7 @@ def _missed(
 
 @dataclass(frozen=True)
 class CandidateUnits:
-    """Groups of units that leave the model."""
+    """Groups of units as candidates for removal."""
 
     graph: Graph
     groups: tuple[Group, ...]
@@ -124,7 +124,7 @@ class CandidateUnits:
     target: Target | None = None
     """Its unit is that of the costs; without a target each unit costs 1."""
     decided: Mapping[str, Tensor] = field(default_factory=dict)
-    """Group -> what is kept of it, whatever the budget."""
+    """Group -> its kept units, decided independently of the budget."""
     probe: LatencyProbe | None = None
     """Times the model, for `Latency`."""
 
@@ -148,7 +148,7 @@ class CandidateUnits:
         return keep
 
     def amount(self, target: Target, removed: Counts) -> float:
-        """What remains of the full model, or of the units that compete for `Sparsity`."""
+        """The remaining amount of the full model, or of the competing units for `Sparsity`."""
         if _of_units(target):
             return float(sum(group.size for group in self.groups) - sum(removed))
         if isinstance(target, Latency):
@@ -158,7 +158,7 @@ class CandidateUnits:
     def time(self, removed: Counts, again: bool) -> Timing:
         """The time that remains relative to the dense model, for `Latency`."""
         if self.probe is None or not isinstance(self.target, Latency):
-            raise RequestError("nothing times this model", f"the target is {self.target}", "ask for Latency")
+            raise RequestError("the latency is not measured", f"the target is {self.target}", "ask for Latency")
         return self.probe.time(self.target, self.keep(removed), again=again)
 
     def budget(self, target: Target) -> float:
@@ -173,7 +173,7 @@ class CandidateUnits:
         return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
 
     def _alike(self, group: Group) -> str:
-        """What takes part in the group and in which role; not how wide it is."""
+        """The members of the group and their roles, independent of the width."""
         entities = self.graph.entities
         roles = sorted(f"{m.role}{len(entities[m.entity].shape)}" for m in group.members if m.role != "stat")
         return " ".join([group.kind, *roles])
@@ -244,7 +244,7 @@ class CandidateWeights:
         return [scores.numel() - lost for scores, lost in zip(self.scores, pruned, strict=True)]
 
     def amount(self, target: Target, removed: Counts) -> float:
-        """Weights, parameters or multiply-adds that remain; a pruned weight counts as nothing."""
+        """The remaining weights, parameters or multiply-adds; a pruned weight counts 0."""
         kept = self.kept(removed)
         if isinstance(target, MACs):
             spared = [1 - k / s.numel() for k, s in zip(kept, self.scores, strict=True)]
@@ -262,13 +262,13 @@ class CandidateWeights:
         return float(self.graph.params() - total + sum(kept))
 
     def budget(self, target: Target) -> float:
-        """For `Sparsity` exactly `round(s * N)` weights go, where the pattern allows it; N is what the target is of."""
+        """For `Sparsity` exactly `round(s * N)` of the N weights are removed, if the pattern allows it."""
         dense = self.amount(target, (0,) * len(self.layers))
         return dense - round(target.value * dense) if isinstance(target, Sparsity) else target.absolute(dense)
 
 
 def fixed_masks(pattern: Fixed, graph: Graph, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
-    """Masks of a pattern whose sparsity is fixed, by layer. RequestError for layers it does not fit."""
+    """Masks of a pattern with fixed sparsity, by layer. Errors: RequestError for layers that it does not fit."""
     reasons = {layer.name: pattern.misfit(shape_of(graph, layer)) for layer in layers}
     odd = [name for name, reason in reasons.items() if reason]
     if odd:

@@ -17,10 +17,10 @@ from prunella.targets import Sparsity, Target, Threshold
 
 
 def check_function(function: object, kind: MethodKind) -> None:
-    """Errors: RequestError for what is not a function of that kind, or was given knobs that it does not have."""
-    known = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
-    if not callable(function) or isinstance(function, type) or (known and known.kind != kind):
-        why = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
+    """Errors: RequestError for anything but a function of that kind, and for unknown knobs."""
+    method = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
+    if not callable(function) or isinstance(function, type) or (method and method.kind != kind):
+        why = f"{method.name} is of kind {method.kind}" if method else f"{function!r} is not a function"
         raise RequestError(f"Recipe({kind}=) takes a function of that kind", why, f"see `prunella methods` for {kind}s")
     if isinstance(plain_function(function), Controlled) and not isinstance(function, Controlled):
         raise RequestError(
@@ -38,7 +38,7 @@ def check_function(function: object, kind: MethodKind) -> None:
 
 
 def check_granularity(granularities: tuple[Granularity, ...]) -> None:
-    """Errors: RequestError for what is no granularity, and for several that do not share a ranking."""
+    """Errors: RequestError for anything but granularities, and for several that cannot share a ranking."""
     unknown = [entry for entry in granularities if not isinstance(entry, get_args(Granularity))]
     if not granularities or unknown:
         why = f"{unknown[0]!r} is none" if unknown else "there is none"
@@ -64,29 +64,31 @@ def check_numbers(
     if not isinstance(round_to, int) or round_to < 1:
         raise RequestError(f"round_to={round_to!r} is out of range", "a whole number of at least 1")
     if round_to > 1 and masks:
-        raise RequestError("round_to= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
+        raise RequestError("round_to= is for widths of channels", "masks do not change widths", "use Block(rows, cols)")
     check_seed(seed)
     if min_units not in (0, 1):
         raise RequestError(f"min_units={min_units!r} is out of range", "0 or 1", "use min_density= to keep more")
     if min_units == 0 and isinstance(granularities[0], Structural):
-        raise RequestError("min_units=0 is for masks", "a layer without units is no layer", "leave it at 1")
+        raise RequestError("min_units=0 is for masks", "a layer needs at least one unit", "leave it at 1")
 
 
 def check_seed(seed: object) -> None:
-    """Errors: RequestError for what is no whole number that every generator takes."""
+    """Errors: RequestError for anything but an integer that every random generator accepts."""
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
 
 
 def checked_target(granularities: tuple[Granularity, ...], target: Target | None) -> Target | None:
-    """The target: the sparsity of a fixed pattern, None for `Vocabulary` alone, where its tokens decide what goes.
+    """The target: the sparsity of a fixed pattern, None for `Vocabulary` alone, where the tokens are given.
 
     Errors: RequestError when it is missing, has no unit or does not fit.
     """
     pattern = granularities[0]
     if all(isinstance(entry, Vocabulary) for entry in granularities):
         if target is not None:
-            raise RequestError(f"Vocabulary cannot meet {target}", "its tokens decide what goes", "leave target= out")
+            raise RequestError(
+                f"Vocabulary cannot meet {target}", "its tokens determine what is removed", "leave target= out"
+            )
         return None
     if isinstance(pattern, Fixed):
         fixed = Sparsity(pattern.sparsity)
@@ -101,7 +103,7 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
 
 
 def check_threshold(target: Target | None, *, equal_widths: bool) -> None:
-    """Errors: RequestError where a threshold meets what would move units past it."""
+    """Errors: RequestError for a threshold together with equal widths, which would move units past it."""
     if isinstance(target, Threshold) and equal_widths:
         why = "a threshold decides each unit by its own score"
         raise RequestError("equal_widths does not go with a threshold", why, "leave one of them out")
@@ -112,14 +114,14 @@ def _prunable(target: Target) -> bool:
 
 
 def foreign_weights(model: nn.Module) -> tuple[str, ...]:
-    """A remark on the weights that are left alone because only their own library reads them; none if there are none."""
+    """A remark on weights that are not pruned because only their own library reads them; empty without such weights."""
     kinds = {n: type(p.data).__name__ for n, p in model.named_parameters() if type(p.data) is not Tensor}
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "_weight_bias"):
             kinds[name] = f"quantized {type(module).__name__}"
     shown = ", ".join(f"{name} ({kind})" for name, kind in [*kinds.items()][:6])
     more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
-    return (f"left alone, as only their own library reads them: {shown}{more}",) if kinds else ()
+    return (f"not pruned, since only their own library reads them: {shown}{more}",) if kinds else ()
 
 
 @torch.no_grad()
@@ -139,4 +141,4 @@ def check_finite(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         # Infinity is common in buffers: attention masks.
         if buffer.is_floating_point() and not buffer.is_meta and bool(torch.isnan(buffer).any()):
-            raise BadInput(f"the buffer {name} has NaN in it", "", "check the checkpoint")
+            raise BadInput(f"the buffer {name} holds NaN", "", "check the checkpoint")

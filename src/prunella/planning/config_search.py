@@ -1,7 +1,7 @@
-"""The configuration of a smaller model, looked for among the integers of that of the dense one.
+"""Search the configuration of a smaller model, by changing integers of the dense model's configuration.
 
-There is no table of architectures. A candidate counts only if a model built from it has exactly the tensors of the
-smaller one, shape for shape.
+There is no table of architectures. A candidate counts only if a model built from it has exactly the tensor shapes of
+the smaller model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Sizes = Mapping[int, frozenset[int]]
 Shapes = Mapping[str, tuple[int, ...]]
 ConfigPath = tuple[str, ...]
 Build = Callable[[Mapping[str, Any]], Shapes]
-"""The shapes of the tensors of the model of a configuration. Errors: PruningError where there is no such model."""
+"""Gives the tensor shapes of the model of a configuration. Errors: PruningError if the model cannot be built."""
 
 
 class Change(NamedTuple):
-    """One entry of the configuration set to `value`, which is `ratio` of what it was."""
+    """One entry of the configuration set to `value`, which is `ratio` times the old value."""
 
     path: ConfigPath
     value: int
@@ -53,7 +53,7 @@ def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]
 def shallower(
     config: Mapping[str, Any], sizes: Mapping[tuple[str, str], Any], lists: Mapping[tuple[str, str], tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The configuration with what counts the blocks as the plan has it, where it belongs to the full model."""
+    """The configuration with the plan's number of blocks, if the configuration belongs to the full model."""
     shallow = copy.deepcopy(dict(config))
     for (owner, name), value in sizes.items():
         if owner == ":config" and name in shallow:
@@ -66,7 +66,7 @@ def shallower(
 
 
 def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
-    """A configuration with the tokens that the live one names, which are others after a cut of the vocabulary."""
+    """A configuration with the token ids of the live configuration, which change with a cut of the vocabulary."""
     renumbered = dict(config)
     for key, value in config.items():
         if isinstance(value, dict) and hasattr(live, key):
@@ -77,7 +77,7 @@ def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
 
 
 def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozenset[ConfigPath]:
-    """Entries that are no other in the smaller model: its modules keep that integer, and compute with it."""
+    """Entries that do not change in the smaller model: its modules store that integer, and compute with it."""
     homes: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         for name, value in vars(module).items():
@@ -87,7 +87,7 @@ def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozense
 
 
 def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -> bool:
-    """Whether the model gives something else, or nothing, with another integer there."""
+    """Whether another integer there changes the outputs of the model or makes it fail."""
     with mode(model, training=False), torch.no_grad():
         expected = outputs_of(model, inputs)
         old = getattr(homes[0], name)
@@ -95,7 +95,7 @@ def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -
             setattr(module, name, old + 1)
         try:
             return relative_error(expected, outputs_of(model, inputs)) > 0
-        except Exception:  # a probe: whatever it raises, the integer is used
+        except Exception:  # a probe: on any error the integer is used
             return True
         finally:
             for module in homes:
@@ -111,9 +111,9 @@ def uniform_configs(
 ) -> Iterator[dict[str, Any]]:
     """Configurations that build exactly the shapes `small`; a caller takes the first that also computes the same.
 
-    Shapes can be right and the model wrong (fewer heads, or narrower heads), so after the first solution others are
-    looked for that leave one of its changes out. A configuration has one width for all layers: it describes uniform
-    cuts only. Entries in `kept` are changed only if nothing else explains the shapes.
+    Right shapes do not imply the right model (fewer heads, or narrower heads). After the first solution the search
+    therefore continues with one of its changes excluded. A configuration has one width for all layers, so it describes
+    only uniform cuts. Entries in `kept` are changed only if no other change explains the shapes.
     """
     first = search(build, dense, small, sizes, kept) or (search(build, dense, small, sizes) if kept else None)
     if first is None:
@@ -128,7 +128,7 @@ def uniform_configs(
 def search(
     build: Build, dense: Mapping[str, Any], small: Shapes, sizes: Sizes, without: frozenset[ConfigPath] = frozenset()
 ) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
-    """Make the change that gets the most shapes right, until all are right or none helps."""
+    """Repeat the change that corrects the most shapes, until all are right or none helps."""
     config, taken = copy.deepcopy(dict(dense)), list[ConfigPath]()
     right, useless, again = _right(build, config, small), set[Change](), False
     while right < len(small):
@@ -141,7 +141,10 @@ def search(
         scores += [(_right(build, changed(config, *pair), small), pair) for pair in pairs]  # type: ignore[misc]
         best = max(scores, key=lambda entry: entry[0], default=(right, ()))
         if best[0] <= right and again:
-            useless, again = set(), False  # what helped nothing may help now: the other axis of its tensors is right
+            useless, again = (
+                set(),
+                False,
+            )  # earlier changes may help now, with the other axis of their tensors corrected
             continue
         if best[0] <= right:
             return None
@@ -187,7 +190,7 @@ def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) 
 
 
 def _scaled(value: int, sizes: Sizes) -> list[int]:
-    """The new values of an entry that is a changed size, or a count of equal parts of one (heads of 64, say)."""
+    """The new values of an entry that is a changed size, or a count of its equal parts (heads of size 64)."""
     pairs = [(old, new) for old, options in sizes.items() for new in options]
     values = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
     return sorted(values - {value, 0})

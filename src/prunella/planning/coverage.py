@@ -17,7 +17,7 @@ def weights_of(graph: Graph) -> list[str]:
 
 
 def not_counted(uncounted: Mapping[str, int], hidden: Mapping[str, Collection[str]], sizes: Mapping[str, int]) -> str:
-    """The operations with unknown multiply-adds, with the share of the parameters that they read; or nothing.
+    """The operations with unknown multiply-adds, with the share of the parameters that they read; empty if none.
 
     sizes: elements of every parameter of the model.
     """
@@ -31,13 +31,13 @@ def not_counted(uncounted: Mapping[str, int], hidden: Mapping[str, Collection[st
 
 
 def uncounted_work(graph: Graph) -> str:
-    """`not_counted`, of a graph."""
+    """`not_counted` for a graph."""
     sizes = {entity.name: graph.numel(entity.name) for entity in graph.entities.values() if entity.parameter}
     return not_counted(graph.uncounted, graph.hidden, sizes)
 
 
 def uncovered_weights(graph: Graph, covered: Collection[str]) -> str:
-    """The weights that a sparsity of the covered ones leaves out, with their share of all weights; or nothing."""
+    """The weights outside the covered ones, with their share of all weights; empty if there are none."""
     sizes = {name: graph.numel(name) for name in weights_of(graph)}
     left = sorted((name for name in sizes if name not in covered), key=lambda name: -sizes[name])
     if not left:
@@ -54,12 +54,12 @@ def of_graph(graph: Graph) -> list[str]:
 
 
 def unmaskable(graph: Graph) -> Iterable[Frozen]:
-    """The weights that masks do not know, with the operation that reads them."""
+    """The weights that masks do not cover, with the operation that reads them."""
     layers = {layer.entity for layer in graph.layers}
     for name in weights_of(graph):
         if name not in layers:
             operation, where = graph.readers.get(name, ("", ""))
-            reason = f"masks do not know weights that {operation} reads" if operation else _UNREAD
+            reason = f"masks do not cover weights that {operation} reads" if operation else _UNREAD
             reason = graph.shared.get(name, reason)
             yield Frozen(name, 0, graph.entities[name].shape[0], reason, where, ReasonKind.OPERATION)
 
@@ -68,5 +68,5 @@ _UNREAD = "no operation of this run reads it"
 
 
 def lines(*texts: str) -> tuple[str, ...]:
-    """The lines that say something."""
+    """The non-empty lines."""
     return tuple(filter(None, texts))

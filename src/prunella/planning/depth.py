@@ -51,7 +51,7 @@ class Blocks:
         if strange:
             some = f"{self.paths[0]} to {self.paths[-1]}"
             raise RequestError(
-                f"{strange[0]} is no prunable block", f"the prunable blocks are {some}", "name one of them"
+                f"{strange[0]} is not a prunable block", f"the prunable blocks are {some}", "name one of them"
             )
         if not missing:
             raise RequestError("no block is named", "there is nothing to drop", "name one, or ask for one")
@@ -92,6 +92,7 @@ def drop_blocks(model: nn.Module, inputs: Inputs, dropped: Sequence[str]) -> Pla
     """The verified plan that drops exactly the named blocks, such as `model.layers.7`.
 
     Errors: RequestError for a name of no prunable block, NotSupported if the smaller model is not exact.
+    dropped: paths of the blocks.
     """
     return find_blocks(model, inputs).plan(dropped)
 
@@ -100,7 +101,7 @@ def drop_blocks(model: nn.Module, inputs: Inputs, dropped: Sequence[str]) -> Pla
 class Turns:
     """`angle[l, m]`: mean angle, as a fraction of a half turn, between the input of block l and the output of block m.
 
-    paths: the blocks of one stack. Infinite for m < l, and for runs with a block that must stay.
+    paths: the blocks of one stack. Infinite for m < l, and for runs with a block that must be kept.
     """
 
     paths: tuple[str, ...]
@@ -110,12 +111,14 @@ class Turns:
         """The `count` consecutive blocks with the smallest angle; the first run among equal ones."""
         if not 0 < count < len(self.paths):
             raise RequestError(
-                f"a run of {count} blocks", f"there are {len(self.paths)}, and one stays", "ask for less"
+                f"a run of {count} blocks", f"there are {len(self.paths)}, and one is kept", "ask for fewer"
             )
         angles = self.angle.diagonal(count - 1)
         start = int(angles.argmin())
         if not math.isfinite(float(angles[start])):
-            raise NotSupported(f"no {count} blocks stand side by side", "others between them must stay", "ask for less")
+            raise NotSupported(
+                f"no {count} blocks are consecutive", "blocks between them must be kept", "ask for fewer"
+            )
         return self.paths[start : start + count]
 
 
@@ -126,8 +129,8 @@ def drop_run(
     """A plan that drops the run of consecutive blocks with the smallest angular distance between input and output.
 
     `l* = argmin_l mean arccos(cos(x_l, x_{l+n})) / pi`, the angular distance between the input of block l and the
-    output of block l + n - 1, for the vector of each token (last axis). Unlike block influence, this distance is of the
-    whole run: small rotations may add up or cancel. Data: batches, forward passes only.
+    output of block l + n - 1, for the vector of each token (last axis). Unlike block influence, this is the distance
+    over the full run: small rotations may add up or cancel. Data: batches, forward passes only.
 
     count: blocks to drop, fewer than the model has. last: use only the last position of each sample, as in the paper,
     which needs many samples; by default every position. loss: how to run the model on a batch.

@@ -1,4 +1,4 @@
-"""Why a budget cannot be met, and how it can."""
+"""Why a budget cannot be met, and advice on how to meet it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ADVICE = {
     ReasonKind.COMPLEX: "write a complex layer as real ones, for its real and its imaginary part: those can be pruned",
     ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
 }
-"""Advice for a kind of reason; the other kinds have no remedy, or their text names it."""
+"""Advice by kind of reason; other kinds have no remedy, or their text names it."""
 _FREES = {
     ReasonKind.SOURCE: "--program",
     ReasonKind.RULE: "a rule: prunella.graph.rules.rule",
@@ -25,7 +25,7 @@ _FREES = {
 
 
 def frees(kind: ReasonKind) -> str:
-    """What would free positions that stay for a reason of this kind, in a few words; empty where nothing does."""
+    """What would free positions frozen for a reason of this kind, in a few words; empty if nothing does."""
     return _FREES.get(kind, "")
 
 
@@ -56,15 +56,15 @@ def target_missed(
 ) -> TargetMissed:
     """The error of a target beyond reach.
 
-    dense, lowest, budget: the model as it is, when all that may go is gone, and as was asked, in the target's unit.
-    limits: what the recipe keeps of every group.
+    dense, lowest, budget: amounts of the dense model, of the model without all prunable units, and of the request, in
+    the target's unit. limits: the minimum of every group by the recipe.
     """
     reach = 1 - lowest / dense if isinstance(target, Sparsity) else lowest / dense
-    asked = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
+    budget_text = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
     todo = f"ask for {target.name}={reach:.4g} or less removal, lower min_density= or round_to=, or skip less"
-    amounts = f"{lowest:.6g} of {dense:.6g}{asked}"
+    amounts = f"{lowest:.6g} of {dense:.6g}{budget_text}"
     return TargetMissed(
-        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({amounts})",
+        f"{target} cannot be met: removing all prunable units leaves {target.name}={reach:.4g} ({amounts})",
         "\n".join([limits, *obstacles(graph, frozen)]),
         "; ".join(filter(None, [target.hint, todo, offer(frozen)])),
     )
@@ -83,7 +83,7 @@ def nothing_below(threshold: Threshold, scores: Mapping[str, Tensor]) -> TargetM
 
 
 def nothing_removed(target: Target, *, dense: float, budget: float) -> TargetMissed:
-    """The error of a target that the model meets as it is."""
+    """The error of a target that the unpruned model meets."""
     return TargetMissed(
         f"{target} would remove nothing",
         f"the model has {dense:.6g}, and up to {budget:.6g} is allowed",

@@ -1,4 +1,4 @@
-"""Latency search: smaller models are built and timed beside the dense one until one meets a `Latency`."""
+"""Latency search: smaller models are built and timed against the dense one until one meets a `Latency`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LatencyProbe:
         """The timing of the pruned model, and a line for the plan."""
         timing = self.time(target, keep)
         asked = target.value if target.value <= 1 else target.value / timing.dense
-        below = "; the time jumps over what was asked" if timing.ratio < asked * (1 - TOLERANCE) else ""
+        below = "; the time jumps over the target" if timing.ratio < asked * (1 - TOLERANCE) else ""
         return timing, f"measured: {timing}; {len(self.taken)} measurements in all{below}"
 
     def _small(self, keep: Keep) -> tuple[nn.Module, Any]:
@@ -86,8 +86,8 @@ def search_latency(
 
     Each step measures one point of the order of removal. The point lies between the slowest one that meets the target
     and the fastest one that misses it, where a straight line in `cost` (multiply-adds) predicts the target. A point
-    that hits is measured once more, since the best of several noisy numbers is too good. The second number decides, and
-    if it misses, the search continues. If the time jumps over the target, the point after the jump is taken.
+    that meets it is measured once more, since the best of several noisy numbers is too optimistic. The second number
+    decides; if it misses, the search continues. If the time jumps over the target, the point after the jump is taken.
 
     Errors: TargetMissed if the target is the dense time or more, or if removing all prunable units is not enough.
     """
@@ -99,19 +99,21 @@ def search_latency(
 
     last = len(stops) - 1
     full = time(counts(last), False)
-    asked = target.value if target.value <= 1 else target.value / full.dense
-    if asked >= 1:
+    wanted_ratio = target.value if target.value <= 1 else target.value / full.dense
+    if wanted_ratio >= 1:
         raise TargetMissed(
             f"{target} would remove nothing", f"the dense model takes {full.dense:.3g} ms", "ask for less"
         )
     ratios, confirmed = {0: 1.0, last: full.ratio}, set[int]()
-    limit = asked * (1 + TOLERANCE)
+    limit = wanted_ratio * (1 + TOLERANCE)
     for _ in range(MOST):
         quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
         if not quick:
             break
-        near = min(filter(None, ratios), key=lambda stop: (abs(ratios[stop] - asked), stop))  # 0 is the dense model
-        hit = abs(ratios[near] - asked) <= TOLERANCE * asked
+        near = min(
+            filter(None, ratios), key=lambda stop: (abs(ratios[stop] - wanted_ratio), stop)
+        )  # 0 is the dense model
+        hit = abs(ratios[near] - wanted_ratio) <= TOLERANCE * wanted_ratio
         high = near if hit else min(quick)
         low = max(stop for stop in ratios if stop < high)
         if hit or high - low == 1:
@@ -120,12 +122,12 @@ def search_latency(
             ratios[high] = time(counts(high), True).ratio
             confirmed.add(high)
         else:
-            stop = _between(low, high, ratios, asked, lambda stop: cost(counts(stop)))
+            stop = _between(low, high, ratios, wanted_ratio, lambda stop: cost(counts(stop)))
             ratios[stop] = time(counts(stop), False).ratio
     quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
     if not quick:
-        raise _missed(target, asked, time(counts(last), False))
-    return counts(min(quick, key=lambda stop: (abs(ratios[stop] - asked), stop)))
+        raise _missed(target, wanted_ratio, time(counts(last), False))
+    return counts(min(quick, key=lambda stop: (abs(ratios[stop] - wanted_ratio), stop)))
 
 
 def _between(low: int, high: int, ratios: dict[int, float], asked: float, cost: Callable[[int], float]) -> int:
@@ -141,9 +143,9 @@ def _between(low: int, high: int, ratios: dict[int, float], asked: float, cost: 
 
 
 def _missed(target: Latency, asked: float, full: Timing) -> TargetMissed:
-    none = "; there is no speed-up to be had here" if full.high >= 1 else ""
+    none = "; pruning gives no speed-up here" if full.high >= 1 else ""
     return TargetMissed(
-        f"{target} cannot be met: when all that may go is gone, {full.ratio:.3g} of the dense time remains{none}",
+        f"{target} cannot be met: without all prunable units, {full.ratio:.3g} of the dense time remains{none}",
         f"asked {asked:.3g}; measured {full}",
         "ask for more time, lower min_density=, skip less, or take larger inputs: small ones are bound by overhead",
     )

@@ -1,4 +1,4 @@
-"""The plan of masks: the scores of weights and what is chosen by hand decide which weights of each layer are zeroed."""
+"""Plans of masks: scores of weights, and choices by hand, determine the zeroed weights of each layer."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _weights_of_budget(request: Request, candidates: CandidateWeights, frozen: S
 
 
 def _fewer_weights(request: Request, layer: Layer, scores: Tensor, pattern: Competing, quota: Quota) -> Mask:
-    """The mask of a layer of which so much goes, lowest scores first."""
+    """The mask of a layer for its quota, lowest scores removed first."""
     candidates = CandidateWeights(request.graph, (layer,), (scores,), pattern)
     pool, recipe = candidates.pools[0], request.recipe
     steps = ladder(pool.scores.double(), recipe.min_density, 1, recipe.min_units)

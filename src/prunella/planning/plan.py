@@ -1,4 +1,4 @@
-"""A plan: frozen data that say what to keep, where to cut, what was asked and what it gives."""
+"""A plan: frozen data on the kept units, the cuts, the request and the resulting sizes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from prunella.types import Examples, Inputs, Keep, Mask
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Frozen data: what to keep, where to cut, what was asked, what it will give.
+    """Frozen data: the kept units, the cuts, the request, and the resulting sizes.
 
-    before, after: what the model weighs.               recipe: how the plan was made, as plain data; empty by hand.
-    target: what was asked, None where nothing was.     keep: group name -> bool over its units.
-    masks: parameter name -> bool of its shape (True is kept).
-    changes: all that the plan does to the structure of the model: cut axes, sizes, calls, tokens, blocks.
+    before, after: size and cost of the model.          recipe: the recipe as plain data; empty for plans by hand.
+    target: the target; None without one.               keep: group name -> bool over its units, True is kept.
+    masks: parameter name -> bool of its shape, True is kept.
+    changes: all structural changes of the model: cut axes, sizes, calls, tokens, blocks.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
-    others: further examples, which the plan was made and proven for.
-    rows: what is kept of each group or weight.         frozen: what may not be pruned, and why.
-    remarks: what holds for some parameters: tied, shared, not trained, not used.
-    caveats: what the numbers leave out; these lines stand first.
+    others: further examples for which the plan was made and verified.
+    rows: the kept part of each group or weight.        frozen: what cannot be pruned, and why.
+    remarks: properties of some parameters: tied, shared, not trained, not used.
+    caveats: what the numbers do not cover; printed first.
 
-    `plan` makes one; `Plan.of_structure` and `Plan.of_masks` make one of what you decided yourself.
+    `plan` makes plans; `Plan.of_structure` and `Plan.of_masks` make plans from your own choice of units or weights.
 
     Example:
 
@@ -72,11 +72,10 @@ class Plan:
         recipe: Mapping[str, Any] | None = None,
         target: Target | None = None,
     ) -> Plan:
-        """The plan that keeps `keep`, a mask over the units of each group named, with everything that follows from it.
+        """The plan that keeps `keep`, group name -> bool over its units, with all consequences for coupled axes.
 
-        inputs: the example (or `Examples`), for verification. frozen: what may not be pruned; by default what the graph
-        says.
-        recipe, target: how it was chosen and what was asked.
+        inputs: the example (or `Examples`), for verification. frozen: what cannot be pruned; default: as in the graph.
+        recipe, target: recorded in the plan.
         """
         groups = [group for group in (*graph.groups, *graph.stacks) if group.name in keep]
         first, others = Examples.split(inputs) if inputs is not None else (None, ())
@@ -110,9 +109,10 @@ class Plan:
         recipe: Mapping[str, Any] | None = None,
         target: Target | None = None,
     ) -> Plan:
-        """The plan that zeroes what `masks` (parameter name -> bool of its shape, True is kept) say.
+        """The plan that zeroes weights by `masks`, parameter name -> bool of its shape, True is kept.
 
-        pattern: the name of the pattern, or a function of (mask, layer) that names it. The others: see `of_structure`.
+        pattern: the name of the pattern, or a function of (mask, layer) that names it. Other arguments: as in
+        `of_structure`.
         """
         rows = accounting.mask_rows(graph, masks, pattern)
         return cls(
@@ -140,21 +140,21 @@ class Plan:
 
     @property
     def dropped(self) -> Dropped:
-        """Container -> names of the blocks that go."""
+        """Container -> names of the removed blocks."""
         return self.changes.dropped
 
     @property
     def renumbered(self) -> tuple[Renumbered, ...]:
-        """Inputs and outputs whose numbers (tokens) mean something else in the smaller model."""
+        """Inputs and outputs with other token ids in the smaller model."""
         return self.changes.renumbered
 
     @property
     def small_inputs(self) -> Inputs | None:
-        """The example as the smaller model takes it: tokens have the numbers that they have there."""
+        """The example for the smaller model, with its token ids."""
         return renumber(known_only(self.inputs, self.renumbered), self.renumbered)  # type: ignore[no-any-return]
 
     def renumber(self, tokens: Tensor) -> Tensor:
-        """Numbers of tokens in the smaller model. RequestError for a token that is pruned."""
+        """Token ids in the smaller model. Errors: RequestError for a pruned token."""
         for entry in self.renumbered:
             pruned = tokens[~torch.isin(tokens, entry.kept)]
             if pruned.numel():
@@ -166,9 +166,9 @@ class Plan:
 
     @property
     def got(self) -> float:
-        """The amount in the unit of the target: a fraction where a fraction was asked, else a number.
+        """The reached amount in the unit of the target: a fraction if the target is a fraction, otherwise a number.
 
-        Without a target, and for a threshold, the sparsity: the fraction of the units (weights) that goes.
+        Without a target, and for a threshold: the sparsity, the fraction of the units (weights) that is removed.
         """
         if isinstance(self.target, Sparsity) and self.target.of == "model":
             return 1 - self.after.model_weights / self.before.model_weights
@@ -196,7 +196,7 @@ class Plan:
 
     @property
     def outcome(self) -> str:
-        """`asked macs=0.5, got macs=0.4998`; only the sparsity where nothing was asked."""
+        """`asked macs=0.5, got macs=0.4998`; only the sparsity without a target."""
         if self.target is None:
             return f"sparsity={self.got:.4g}, without a target"
         unit = "sparsity" if isinstance(self.target, Threshold) else self.target.name
@@ -204,5 +204,5 @@ class Plan:
 
 
 def _cut_by(groups: Sequence[Group]) -> set[str]:
-    """The parameters that lose something with a unit of these groups."""
+    """The parameters that are cut with a unit of these groups."""
     return {member.entity for group in groups for member in group.members}

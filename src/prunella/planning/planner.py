@@ -1,4 +1,4 @@
-"""The whole pipeline: model -> graph -> groups -> criterion -> allocation -> keep and masks. Read this file first.
+"""The full pipeline: model -> graph -> groups -> criterion -> allocation -> keep and masks. Read this file first.
 
 `plan()` only reads the model. `prunella.apply_` zeroes in place, `prunella.shrink` builds the smaller module.
 """
@@ -77,22 +77,23 @@ def plan(
     ratios: Mapping[str, float] = NOTHING,
     counts: Mapping[str, int] = NOTHING,
 ) -> Plan:
-    """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
+    """Plan what to remove from `model` to meet `target`. Neither the model nor the random state changes.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
-        `prunella.Examples` holds several, where the model does something else for other sizes.
-    target: `Sparsity`, `Params`, `MACs`, `Bytes`, `Latency` or `Threshold`. `NM`, of fixed sparsity, `Vocabulary` and a
-        choice by hand do without.
+        `prunella.Examples` holds several, for models with other branches at other sizes.
+    recipe: how to prune; default: `Recipe()`.
+    target: `Sparsity`, `Params`, `MACs`, `Bytes`, `Latency` or `Threshold`. It is optional for `NM`, which has a fixed
+        sparsity, for `Vocabulary`, and with a choice by hand.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
-    skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
-    remove, keep: layer -> channels of its output that go, or the only ones that stay; numbers or a bool mask. A unit
-        goes whole, with what is coupled to it. Of heads, experts, blocks: numbers of units. Of masks: a bool tensor.
-    ratios, counts: layer or pattern -> fraction, or number, of its units (weights) that go, lowest scores first.
-        What is chosen by hand is not changed to meet a target; without a target nothing else goes.
+    skip, only: patterns (`fnmatch`) for names of groups, parameters or modules; a module matches everything inside it.
+    remove, keep: layer -> output channels to remove, or the only ones to keep, as indices or a bool mask. A unit is
+        removed with all slices coupled to it. For heads, experts, blocks: indices of units. For masks: a bool tensor.
+    ratios, counts: layer or pattern -> fraction, or number, of its units (weights) to remove, lowest scores first.
+        A choice by hand is not changed to meet a target; without a target only the chosen units are removed.
 
-    Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
-    can be pruned), TargetMissed (says how far it got and what stopped it).
+    Errors: RequestError (an invalid request), BadInput (broken weights, data or inputs), NotSupported (nothing can be
+    pruned), TargetMissed (with the smallest reachable size and the obstacles).
 
     Example:
 
@@ -142,8 +143,8 @@ def plan_structure(request: Request) -> Plan:
             return replace(plan, remarks=(*plan.remarks, *_added(asked, request)))
         request = with_example(request, other)
     raise NotSupported(
-        "the cuts of this model are right for the size of the example only",
-        f"on {batch_text(other, request.inputs)} the smaller model is another one, also when that is traced too",
+        "the cuts of this model are exact for the size of the example only",
+        f"on {batch_text(other, request.inputs)} the smaller model is wrong, also after tracing that input",
         "prune less of it: skip=, only=",
     )
 
@@ -153,8 +154,8 @@ def _check_branches(request: Request, keep: Keep) -> None:
     run = wrong_branch(request.model, request.graph, keep, request.inputs)
     if run:
         raise NotSupported(
-            "the cuts of this model are right for one run only",
-            f"{run} the smaller model is another one",
+            "the cuts of this model are exact for one run only",
+            f"{run} the smaller model is wrong",
             "prune less of it: skip=, only=",
         )
 
@@ -162,14 +163,14 @@ def _check_branches(request: Request, keep: Keep) -> None:
 def _added(asked: Request, request: Request) -> Iterator[str]:
     """Remarks on the examples and roundings that were added during planning."""
     for other in request.others[len(asked.others) :]:
-        yield f"traced on {batch_text(other, request.inputs)} too, where cuts are wrong that are right on the example"
+        yield f"also traced on {batch_text(other, request.inputs)}, where cuts that are exact on the example are wrong"
     if request.recipe.round_to != asked.recipe.round_to:
         yield f"widths are multiples of {request.recipe.round_to}: the configuration of the model refuses others"
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """Groups with their scores, what is kept whatever the budget, and what takes no part."""
+    """Groups with their scores, the units kept regardless of the budget, and the frozen axes."""
 
     groups: list[GroupScores]
     decided: Keep
@@ -236,7 +237,7 @@ def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
 def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[Frozen]]:
     """The proven cut, and with `equal_widths` one that a configuration describes.
 
-    Widths that the configuration refuses are rounded; units for which it has no word are set aside.
+    Widths that the configuration refuses are rounded; units that it cannot express are set aside.
     """
     builds, faults = Builds(request.model), dict[str, str]()
     while True:
@@ -262,7 +263,7 @@ _UNEVEN = "leave equal_widths out: prunella.load reads any widths"
 
 
 def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) -> tuple[Request | None, Misfit]:
-    """The request with the smallest rounding of widths that is described, if one of a few is; else what is wrong."""
+    """The request with the smallest rounding of widths that a configuration describes, or None and the misfit."""
     for step in (2, 4, 8, 16):
         round_to = math.lcm(request.recipe.round_to, step)
         if not misfit.refused or round_to == request.recipe.round_to:
@@ -280,7 +281,7 @@ def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) 
 
 
 def _proven(request: Request, scored: _Scored) -> tuple[Keep, _Scored]:
-    """What is kept of each group, such that the oracle proves every cut; and what takes part by then."""
+    """The kept units of each group, such that the oracle proves every cut, and the groups that remain."""
     while True:
         keep = _kept_units(request, scored)
         faults = unproven(request.model, request.graph, keep, request.inputs, request.others)

@@ -19,13 +19,13 @@ WIDER: tuple[Kind, ...] = (*EXACT, "width", "expert")
 
 
 def reach(graph: Graph, kinds: Collection[Kind]) -> float:
-    """The share of the parameters that is gone if every group of these kinds keeps its fewest units."""
+    """The share of the parameters removed if every group of these kinds keeps its minimum of units."""
     keep = {g.name: torch.arange(g.size) < g.min_units for g in graph.groups if g.kind in kinds}
     return 1 - graph.params(keep) / (graph.params() or 1)
 
 
 def in_program(model: nn.Module, inputs: Any, graph: Graph) -> float | None:
-    """`reach` of channels and heads as a program, where sizes of the source keep many parameters; None elsewhere."""
+    """`reach` of channels and heads as a program, if literal sizes in the source freeze many parameters; else None."""
     kept = {entry.entity for entry in graph.frozen if entry.kind is ReasonKind.SOURCE}
     share = sum(graph.numel(name) for name in kept if name in graph.entities) / (graph.params() or 1)
     if share < _MANY:
@@ -37,4 +37,4 @@ def in_program(model: nn.Module, inputs: Any, graph: Graph) -> float | None:
 
 
 _MANY = 0.25
-"""Of the parameters: a capture takes seconds."""
+"""Share of the parameters from which a capture, which takes seconds, is worth while."""

@@ -1,6 +1,6 @@
-"""What `equal_widths` promises: a configuration of the model's own class describes the smaller model.
+"""The contract of `equal_widths`: a configuration of the model's own class describes the smaller model.
 
-A class that writes and reads itself (`from_pretrained`, with a `config`) is built again from its configuration alone.
+A class with `from_pretrained` and a `config` is built from its configuration alone.
 Widths that no configuration describes, or that its class refuses, are found before anything is written: the
 configuration is searched for, a model is built from it on the meta device, given the tensors of the smaller one, and
 compared. No architecture is known by name.
@@ -52,41 +52,40 @@ def reads_itself(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why no configuration describes a model. refused: one of these widths was refused, so that others may do."""
+    """Why no configuration describes a model. refused: one of these widths was refused; others may be accepted."""
 
     why: str
     refused: bool
 
 
 def undescribed(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
-    """Why no configuration describes the model of which `keep` remains; None if one does, or there is none to read."""
+    """Why no configuration describes the model cut to `keep`; None if one does, or the model has no configuration."""
     model: Any = builds.like
     keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
     dense = _shapes(builds, model.config.to_dict()) if keep and reads_itself(model) else None
     if dense is None or dense.keys() != shapes_of(model).keys():
-        return None  # what its own configuration does not build was never read by `from_pretrained` either
+        return None  # `from_pretrained` cannot read the dense model either
     applied, small = changes(graph, keep), copied(model)
     change_(small, applied)
     batch = renumber(known_only(inputs, applied.renumbered), applied.renumbered)
     config = with_tokens(shallower(_config(model), applied.attributes, applied.lists), small.config)
-    wanted = shapes_of(small)
-    sizes = changed_sizes(dense, wanted, _pairs(model, graph, keep, applied))
+    small_shapes = shapes_of(small)
+    sizes = changed_sizes(dense, small_shapes, _pairs(model, graph, keep, applied))
     kept = steady(small, config, batch)
-    tried, described = _Tried(builds, wanted), False
-    for candidate in uniform_configs(tried.shapes, config, wanted, sizes, kept):
+    tried, described = _Tried(builds, small_shapes), False
+    for candidate in uniform_configs(tried.shapes, config, small_shapes, sizes, kept):
         if _same(builds.model(candidate), small, batch):
             return None
         described = True
     kind = type(model.config).__name__
-    why = "what it builds has these shapes and computes something else" if described else tried.why(config, sizes)
+    why = "its model has these shapes but computes something else" if described else tried.why(config, sizes)
     return Misfit(f"no {kind} describes it: {why}", bool(tried.refusals))
 
 
 def parts_at_fault(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
-    """Group name -> why its cut is not described, of the groups without which the rest is described.
+    """Group name -> why its cut is not described, for groups without which the other cuts are described.
 
-    Groups that are cut alike, those of all layers, are tried together and without the others. Empty if that does not
-    leave something.
+    Groups of all layers that are cut alike are tried together, and without the others. Empty if no cut would be left.
     """
     sets: dict[tuple[object, ...], dict[str, Tensor]] = {}
     for group in (*graph.groups, *graph.stacks):
@@ -118,7 +117,7 @@ def _pairs(model: nn.Module, graph: Graph, keep: Keep, applied: Changes) -> Iter
 
 @dataclass(frozen=True)
 class Builds:
-    """Models of configurations, of the class of `like` and on the meta device. One is for all questions of a plan."""
+    """Models of configurations, of the class of `like`, on the meta device. A plan uses one instance."""
 
     like: nn.Module
     known: dict[str, Shapes | BadInput] = field(default_factory=dict)
@@ -160,7 +159,7 @@ class _Tried:
     nearest: list[tuple[int, str]] = field(default_factory=list)
 
     def shapes(self, config: Mapping[str, Any]) -> Shapes:
-        """The shapes of a configuration; what is not as wanted is remembered."""
+        """The shapes of a configuration; mismatches are recorded."""
         try:
             shapes = self.builds.shapes(config)
         except BadInput as error:
@@ -173,7 +172,7 @@ class _Tried:
         return shapes
 
     def why(self, dense: Mapping[str, Any], sizes: Sizes) -> str:
-        """What is wrong with the nearest configuration, or what those that have a new size were refused for."""
+        """The mismatch of the nearest configuration, or the refusals of configurations with a new size."""
         best, nearest = min(self.nearest, default=(0, "its tensors have other names"))
         closer = not self.nearest or best < self.nearest[0][0]
         exact = [why for config, why in self.refusals if any(n in sizes.get(o, ()) for o, n in _ints(dense, config))]
@@ -182,7 +181,7 @@ class _Tried:
 
 
 def _ints(dense: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """Old and new values of the integers that a configuration has otherwise."""
+    """Old and new values of the integers in which two configurations differ."""
     return ((old, config[key]) for key, old in dense.items() if type(old) is int and config.get(key) not in (old, None))
 
 
@@ -194,7 +193,7 @@ def _shapes(builds: Builds, config: Mapping[str, Any]) -> Shapes | None:
 
 
 def _same(empty: nn.Module, small: nn.Module, batch: Any) -> bool:
-    """Whether a model without values, given those of `small`, computes the same."""
+    """Whether a model on the meta device, with the tensors of `small`, computes the same."""
     values = {**dict(small.named_buffers(remove_duplicate=False)), **small.state_dict(keep_vars=True)}
     for name, tensor in [*empty.named_parameters(remove_duplicate=False), *empty.named_buffers(remove_duplicate=False)]:
         if name not in values or values[name].shape != tensor.shape:
@@ -206,7 +205,7 @@ def _same(empty: nn.Module, small: nn.Module, batch: Any) -> bool:
         with untouched(small), torch.no_grad():
             expected = outputs_of(small, batch)
             return relative_error(expected, outputs_of(empty.eval(), batch)) <= SINGLE
-    except Exception:  # a probe: whatever it raises, the model is not the same
+    except Exception:  # a probe: on any error the model is not the same
         return False
 
 
@@ -222,7 +221,7 @@ def _by(shape: Sequence[int] | None) -> str:
 def configuration_of(
     small: nn.Module, dense: nn.Module, config: Mapping[str, Any], sizes: Sizes, batch: Any
 ) -> dict[str, Any] | None:
-    """The configuration of which the class of `small` builds a model that computes the same; None if there is none.
+    """The configuration from which the class of `small` builds a model that computes the same; None if there is none.
 
     dense: the model before the cut. config: its configuration, with the depth and the tokens of the small one.
     """

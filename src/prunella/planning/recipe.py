@@ -1,4 +1,4 @@
-"""How to prune: the parts that a plan is made of, as frozen data."""
+"""Recipes: the parts that determine how a model is pruned, as frozen data."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from prunella.registry import serialize
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to prune: parts that mix freely. Knobs of the functions are bound by `functools.partial`.
+    """How to prune: freely combinable parts. Knobs of the functions are bound by `functools.partial`.
 
     criterion: a function from statistics to scores (`prunella.criteria`, or your own).
-    granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
-    allocation: how much each group gives (`prunella.allocation`).
-    min_density: fraction in [0, 1) of every group's units (of every layer's weights) that is kept at least.
-    round_to: widths of channel groups are multiples of it, where they are not kept dense; not for heads and masks.
+    granularity: the kind of unit; several structural ones, such as `(Channel(), Head())`, share one ranking.
+    allocation: the sparsity of each group or layer (`prunella.allocation`).
+    min_density: smallest kept fraction, in [0, 1), of every group's units (of every layer's weights).
+    round_to: pruned widths of channel groups are multiples of this number; not for heads and masks.
     seed: of everything random. The same seed gives the same plan.
-    equal_widths: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a
-        transformers model loads with plain `from_pretrained`; the target is then passed by up to one unit a group.
-    min_units: units (weights) that every group (layer) keeps at least: 1, or 0 for masks that may empty layers.
+    equal_widths: units with equal keys are removed together, so that equal groups under `uniform` remain equal, and
+        plain `from_pretrained` loads a transformers model. The target is then exceeded by up to one unit per group.
+    min_units: smallest number of units (weights) of every group (layer): 1, or 0 for masks that may empty layers.
 
     Example:
 
@@ -102,5 +102,5 @@ _NAMES_OF_0_1 = {"floor": "min_density", "align": "round_to", "even": "equal_wid
 
 
 def current_names(described: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe as plain data with the names of today, where 0.1 wrote others."""
+    """A recipe as plain data with present names in place of those of version 0.1."""
     return {_NAMES_OF_0_1.get(name, name): value for name, value in described.items()}

@@ -41,8 +41,8 @@ def erk_magnitude() -> Recipe:
 def erk_random() -> Recipe:
     """Single weights at random, densities by Erdos-Renyi-Kernel: the masks from which dynamic sparse training starts.
 
-    Use: the first masks of `DropGrow` with `set_` or `rigl`, and as its static control. Avoid: a trained network: it
-    throws weights away blindly.
+    Use: the first masks of `DropGrow` with `set_` or `rigl`, and as its static control. Avoid: a trained network, whose
+    important weights it removes too.
     """
     return Recipe(criteria.random, Element(), erk)
 
@@ -89,8 +89,8 @@ def wanda_2_4() -> Recipe:
 def l1_filter() -> Recipe:
     """Filters by their L1 norm, the same fraction of every group.
 
-    Use: the simplest structured baseline, no data. Avoid: high reductions: every group gives the same, whatever it is
-    worth.
+    Use: the simplest structured baseline, no data. Avoid: high reductions: every group loses the same fraction,
+    regardless of its importance.
     """
     return Recipe(criteria.magnitude, Channel(), uniform)
 
@@ -99,8 +99,8 @@ def l1_filter() -> Recipe:
 def fpgm() -> Recipe:
     """Filters nearest to the geometric median of their layer, the same fraction of every group.
 
-    Use: filters without data, when layers hold many that are alike. Avoid: groups with a few wide outliers, whose
-    distance hides what they are worth.
+    Use: filters without data, in layers with many similar filters. Avoid: groups with a few wide outliers, whose
+    distance hides their importance.
     """
     return Recipe(criteria.geometric_median, Channel(), uniform)
 
@@ -109,7 +109,7 @@ def fpgm() -> Recipe:
 def network_slimming() -> Recipe:
     """Channels by the scale of their batch normalization, one threshold for the network.
 
-    The paper trains with an L1 penalty on the scales first. A tenth of each group stays, so that no layer collapses.
+    The paper trains with an L1 penalty on the scales first. A tenth of each group is kept, so that no layer collapses.
 
     Use: networks that were trained with an L1 penalty on the scales. Avoid: networks without batch normalization, or
     trained without the penalty.
@@ -179,9 +179,9 @@ def llm_pruner() -> Recipe:
 
 @recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)", status="stable")
 def flap() -> Recipe:
-    """Heads and neurons of a transformer by the fluctuation of what reads them, the same share of each layer.
+    """Heads and neurons of a transformer by the fluctuation of their readers' inputs, the same share of each layer.
 
-    What goes is replaced by its mean: plan and shrink a model `with_biases`, then `fold_means`; or refit by
+    Removed units are replaced by their means: plan and shrink a model `with_biases`, then `fold_means`; or refit by
     `match_stream_`. The paper's other form, whose layers differ in width, is `flap_global`. Data: no labels.
 
     Use: language models without training. Avoid: without either compensation.
@@ -191,11 +191,11 @@ def flap() -> Recipe:
 
 @recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, adaptive over layers)")
 def flap_global() -> Recipe:
-    """Heads and neurons by fluctuation, standardised in each group and ranked together: layers differ in width.
+    """Heads and neurons by fluctuation, standardized in each group and ranked together: layers differ in width.
 
-    No group loses more than nine tenths. What goes is replaced by its mean, as in `flap`. Data: no labels.
+    No group loses more than nine tenths. Removed units are replaced by their means, as in `flap`. Data: no labels.
 
-    Use: the better form of FLAP where layers may differ. Avoid: where plain `from_pretrained` has to read the result.
+    Use: the better form of FLAP if layers may differ. Avoid: if plain `from_pretrained` has to read the result.
     """
     allocation = partial(global_, normalize=Normalize.STANDARD)
     return Recipe(criteria.fluctuation, (Channel(), Head()), allocation, min_density=0.1)
@@ -207,7 +207,7 @@ def minitron() -> Recipe:
 
     One pass without labels ranks all three: root mean square where the layers that read a unit multiply it; the paper
     takes norms over the batch and means over positions. For its depth, `block_influence` or `greedy_blocks`. The paper
-    distils afterwards: `distill_lm_`. Data: no labels.
+    distills afterwards: `distill_lm_`. Data: no labels.
 
     Use: a smaller model of the same architecture, recovered on much text. Avoid: without recovery.
     """
@@ -216,9 +216,9 @@ def minitron() -> Recipe:
 
 @recipe(source="Lasby et al. 2025, arXiv:2510.13999")
 def reap_experts() -> Recipe:
-    """Experts of a mixture by what they add to the tokens that are sent to them, the same share of each layer.
+    """Experts of a mixture by their contribution to the tokens routed to them, the same share of each layer.
 
-    The router chooses among those that stay. Data: no labels.
+    The router chooses among the kept experts. Data: no labels.
 
     Use: mixtures in one shot. Avoid: fewer tokens than a few hundred for each expert.
     """

@@ -1,4 +1,4 @@
-"""A plan as text: rows, totals, remarks, and what is not pruned and why."""
+"""A plan as text: rows, totals, remarks, and the frozen axes with reasons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _one_line(text: str) -> str:
 
 
 def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
-    """What holds for some of the parameters, one line each: tied, read in several places, not trained, not used.
+    """Properties of some parameters, one line each: tied, read in several places, not trained, not used.
 
     A last line says why the training mode was not tried, if the source of the model has branches for it.
     """
@@ -57,7 +57,7 @@ def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
 
 
 def _branch_remarks(graph: Graph, limit: int) -> list[str]:
-    """The branches on values of which one side alone was read, and why."""
+    """The branches on values with one untraced side, and why."""
     one_sided = dict[str, list[str]]()
     for branch in graph.branches:
         if branch.fault:
@@ -70,7 +70,7 @@ def _branch_remarks(graph: Graph, limit: int) -> list[str]:
 
 
 def size_remarks(graph: Graph, keep: Keep, limit: int = 3) -> Iterator[str]:
-    """`num_features of head: 64 -> 48, read by no traced operation`; and those whose size becomes several."""
+    """`num_features of head: 64 -> 48, read by no traced operation`; and sizes with several possible new values."""
     owners: dict[tuple[str, int, tuple[int, ...]], list[str]] = {}
     for unread in graph.unread:
         new = unread.new(keep)
@@ -92,7 +92,7 @@ def size_remarks(graph: Graph, keep: Keep, limit: int = 3) -> Iterator[str]:
 
 
 _LINES = 6
-"""Of one kind of remark on sizes; a model may keep a size in every module."""
+"""Most remarks of one kind on sizes; a model may store a size in every module."""
 
 
 def _first(lines: Sequence[str], limit: int, text: str) -> list[str]:
@@ -109,7 +109,7 @@ def _owner(owner: str) -> str:
 
 
 def emptied(rows: Sequence[Row], limit: int = 5) -> list[str]:
-    """A line that names the layers of which a mask keeps nothing, if there are any."""
+    """A line that names the layers that a mask empties, if there are any."""
     names = empty(rows)
     return [f"collapsed, nothing of these layers is left: {_listed(names, limit)}"] if names else []
 

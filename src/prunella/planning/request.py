@@ -1,4 +1,4 @@
-"""What a plan is asked for, who takes part in it, and with which scores: plain functions over a frozen `Request`."""
+"""The request of a plan, the eligible groups and layers, and their scores: functions of a frozen `Request`."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from prunella.types import Examples, Inputs
 GroupScores = tuple[Group, Tensor]
 LayerScores = tuple[Layer, Tensor]
 MOST_EXAMPLES = 4
-"""Of other sizes that are traced, each after a cut was wrong on it."""
+"""Most examples of other sizes that are traced, each after a cut was wrong on it."""
 NOTHING_BY_HAND = ByHand()
 
 
 @dataclass(frozen=True)
 class Request:
-    """A model with its coupling graph, and what is asked of it.
+    """A model with its coupling graph, and the request.
 
-    target: None where the recipe alone decides, or where a search does. before: what earlier rounds have masked.
-    others: further examples, traced into the same graph. by_hand: what is chosen by name, whatever the budget.
+    target: None if the recipe or a search determines the counts. before: masks of earlier rounds.
+    others: further examples, traced into the same graph. by_hand: units chosen by name, regardless of the budget.
     """
 
     model: nn.Module
@@ -67,7 +67,7 @@ class Request:
         return Examples(self.inputs, *self.others)
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as plain data, with what was chosen by hand."""
+        """The recipe as plain data, with the choices by hand."""
         by_hand = {"by_hand": self.by_hand.describe()} if self.by_hand else {}
         return {**self.recipe.describe(), **by_hand}
 
@@ -94,7 +94,7 @@ def prepare(
 
 
 def with_example(request: Request, example: Inputs) -> Request:
-    """The request with one more example in its graph; what was frozen before has its reason. Errors: of `couple`."""
+    """The request with one more example in its graph; earlier reasons are kept. Errors: those of `couple`."""
     others = (*request.others, example)
     graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only)
     reasons = {(entry.entity, entry.axis, entry.count): entry for entry in request.graph.frozen}
@@ -123,7 +123,7 @@ def _coupled(
 
 
 def eligible_groups(request: Request) -> tuple[list[Group], list[Frozen]]:
-    """Groups that take part, and what does not, with reasons. Errors: NotSupported if there are none."""
+    """Eligible groups, and the frozen axes with reasons. Errors: NotSupported if no group is eligible."""
     graph = request.graph
     kinds = {entry.kind for entry in request.recipe.granularities if isinstance(entry, Structural)}
     groups, frozen = list[Group](), list(graph.frozen)
@@ -141,7 +141,7 @@ def eligible_groups(request: Request) -> tuple[list[Group], list[Frozen]]:
 
 
 def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, ReasonKind]:
-    """Why a group takes no part, empty if it does."""
+    """Why a group is not eligible; empty if it is."""
     reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
     reason += f": {group.why}" if group.why else ""
     if group.kind in kinds:
@@ -149,36 +149,40 @@ def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, Re
         reason = "" if group.paths else chosen(names, request.skip, request.only)
         reason = reason or ("" if request.only or group.paths else rank_of(request.graph, group))
     if group.kind == "vocabulary" in kinds and group is not request.graph.tokens:
-        reason = "another table than that of the tokens"
+        reason = "not the embedding table of the tokens"
     if not reason and group.size <= group.min_units:
-        reason = "a single unit, which has to stay" if group.size == 1 else "all of its units are needed"
+        reason = "a single unit, which has to be kept" if group.size == 1 else "all of its units are needed"
         return reason, ReasonKind.MINIMUM
     return reason, ReasonKind.REQUEST
 
 
 def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Group -> the tokens that are kept: those asked for and those that the model names."""
-    asked = next((entry for entry in request.recipe.granularities if isinstance(entry, Vocabulary)), None)
+    """Group -> the kept tokens: those of the request and those that the model names."""
+    vocabulary = next((entry for entry in request.recipe.granularities if isinstance(entry, Vocabulary)), None)
     table = request.graph.tokens
-    if asked is None:
+    if vocabulary is None:
         return {}
     if table is None or table not in groups:
-        why = "no table is looked up by an input, or it stays" if table is None else "skip= or only= leaves it out"
+        why = (
+            "no input indexes an embedding table, or the table is frozen"
+            if table is None
+            else "skip= or only= leaves it out"
+        )
         raise NotSupported("there are no tokens to remove", why, "leave Vocabulary out")
     specials = request.graph.specials.values()
     named = [token for value in specials for token in (value if isinstance(value, tuple) else (value,))]
-    beyond = [token for token in asked.tokens if token >= table.size]
+    beyond = [token for token in vocabulary.tokens if token >= table.size]
     if beyond:
         raise RequestError(f"there is no token {beyond[0]}", f"{table.name} has {table.size} rows")
     keep = torch.zeros(table.size, dtype=torch.bool)
-    keep[[*asked.tokens, *(token for token in named if 0 <= token < table.size)]] = True
+    keep[[*vocabulary.tokens, *(token for token in named if 0 <= token < table.size)]] = True
     return {table.name: keep}
 
 
 def score_groups(
     request: Request, groups: Sequence[Group], frozen: Sequence[Frozen]
 ) -> tuple[list[GroupScores], list[Frozen]]:
-    """Groups with a score for each unit; those that cannot be scored join what is frozen, with the reason."""
+    """Groups with a score for each unit; groups that cannot be scored become frozen, with the reason."""
     if not groups:
         return [], list(frozen)
     reduce = {entry.kind: entry.reduce for entry in request.recipe.granularities if isinstance(entry, Ranked)}
@@ -195,7 +199,7 @@ def score_groups(
 
 
 def set_aside(group: Group, reason: str, kind: ReasonKind) -> Frozen:
-    """A group that takes no part, and why."""
+    """A frozen entry for a group that is not pruned."""
     if group.paths:
         return Frozen(group.name, -1, group.size, reason, "", kind)
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
@@ -206,7 +210,7 @@ def set_aside(group: Group, reason: str, kind: ReasonKind) -> Frozen:
 
 
 def eligible_layers(request: Request) -> tuple[list[Layer], list[Frozen]]:
-    """Layers that take part, each weight once, and what does not, with reasons."""
+    """Eligible layers, each weight once, and the frozen entries with reasons."""
     layers, frozen = list[Layer](), list(unmaskable(request.graph))
     for layer in first_seen(request.graph.layers):
         reason = chosen(names_of_layer(request.graph, layer), request.skip, request.only)
@@ -225,7 +229,7 @@ def eligible_layers(request: Request) -> tuple[list[Layer], list[Frozen]]:
 def score_layers(
     request: Request, layers: Sequence[Layer], frozen: Sequence[Frozen]
 ) -> tuple[list[LayerScores], list[Frozen]]:
-    """Layers with a score for each weight; those that cannot be scored join what is frozen, with the reason."""
+    """Layers with a score for each weight; layers that cannot be scored become frozen, with the reason."""
     scorer = _scorer(request, Subject(request.model, request.graph, layers=tuple(layers), inputs=request.inputs))
     scored, aside = list[LayerScores](), list(frozen)
     for layer in layers:
@@ -239,7 +243,7 @@ def score_layers(
 
 
 def _masked_last(before: Before | None, scored: list[LayerScores]) -> list[LayerScores]:
-    """Rank the weights that earlier rounds have masked behind all others, where they may not come back."""
+    """Rank weights masked in earlier rounds behind all others, unless they may be restored."""
     if before is None or not before.nested:
         return scored
     masks = {x.entity: to_matrix(before.masks[x.entity], x) for x, _ in scored if x.entity in before.masks}
@@ -263,7 +267,7 @@ def _scorer(request: Request, subject: Subject) -> Scorer:
 
 
 def nothing_to_prune(request: Request, what: str, frozen: Sequence[Frozen]) -> NotSupported:
-    """The error of a model in which nothing takes part."""
+    """The error of a model without eligible groups or layers."""
     names = ", ".join(name_of(type(entry)) for entry in request.recipe.granularities)
     no_weight = "the model has no parameters, and so no layer that multiplies by a weight"
     foreign = foreign_weights(request.model)

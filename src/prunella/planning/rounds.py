@@ -76,6 +76,7 @@ def iterate(
     weights uses the dense ones. With `nested` a masked weight ranks behind all others; without `nested` the weight
     competes and may come back. The result is the plan of the last round. Data: as the criterion needs, once per round.
     For masks whose units compete; `min_units=0` in the recipe allows empty layers, as in the papers.
+    Errors: RequestError for units that do not compete; those of `plan`.
 
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not depend on other weights,
     such as magnitude: one round gives the same plan.
@@ -84,15 +85,15 @@ def iterate(
     if not isinstance(recipe.granularities[0], Competing):
         what = f"{name_of(type(recipe.granularities[0]))} cannot be approached in rounds"
         raise RequestError(what, "rounds mask weights that compete", "use Element(), Block, Vector, Kernel or Filter")
-    asked = checked_target(recipe.granularities, target)
-    assert asked is not None, "units compete, so there is a target"
+    final = checked_target(recipe.granularities, target)
+    assert final is not None, "units compete, so there is a target"
     check_finite(model)
     replica = copied(model)
     with untouched(replica, recipe.seed):
-        request = prepare(replica, inputs, recipe, target=asked, source=Source(data, loss), skip=skip, only=())
-    dense = 1.0 if isinstance(asked, Sparsity) else float(getattr(amount(request.graph, {}), asked.name))
+        request = prepare(replica, inputs, recipe, target=final, source=Source(data, loss), skip=skip, only=())
+    dense = 1.0 if isinstance(final, Sparsity) else float(getattr(amount(request.graph, {}), final.name))
     before = Before(nested=rounds.nested)
-    for part in rounds.targets(asked, dense):
+    for part in rounds.targets(final, dense):
         with untouched(replica, recipe.seed):
             plan = masked_plan(replace(request, target=part, before=before))
         before = Before(plan.masks, rounds.nested)

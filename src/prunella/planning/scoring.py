@@ -1,4 +1,4 @@
-"""From a criterion to one score per unit or per weight, at whatever level the criterion speaks.
+"""From a criterion to one score per unit or per weight, for criteria of any level.
 
 The shape that a criterion returns is its level: `(out, in)` weights, `(out,)` output rows, `(units,)` units. A coarser
 granularity reduces it, a finer one is refused.
@@ -44,12 +44,12 @@ _VERBS = {
 
 
 class Absent(Exception):
-    """A statistic that this group or layer does not have; it is left alone, with this reason."""
+    """A statistic that a group or layer does not have; the group or layer is then kept, with this reason."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A criterion with everything that it may ask for."""
+    """A criterion with all statistics that it may need."""
 
     criterion: Criterion
     subject: Subject
@@ -226,7 +226,7 @@ class Scorer:
         return [m for m in group.members if m.role in roles and m.entity in self.subject.scored]
 
     def _out_of_scope(self, group: Group) -> str:
-        """What the criterion scores, and what the units have instead."""
+        """The weights that the criterion scores, and those that the units have instead."""
         scope = scope_of(plain_function(self.criterion))
         wanted, named = _SCORED[scope], self.subject.parameters
         imaginary = [m.entity for m in group.members if m.entity in named and named[m.entity].is_complex()]

@@ -1,4 +1,4 @@
-"""What a threshold on scores leaves: no budget, every unit and weight by its own score."""
+"""Pruning by a threshold on scores: no budget, every unit and weight by its own score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunella.types import Mask
 def units_above(
     threshold: Threshold, scored: Sequence[tuple[Group, Tensor]], widths: Sequence[Ladder]
 ) -> dict[str, Mask]:
-    """Group -> its units with a score above the threshold, and more where it may not have that width.
+    """Group -> its units with a score above the threshold, and more units if that width is not allowed.
 
     Errors: TargetMissed when no score is at or below the threshold.
     """
@@ -33,7 +33,7 @@ def units_above(
 
 
 def weights_below(threshold: Threshold, pools: Sequence[Pool], ladders: Sequence[Ladder], *, first: bool) -> Counts:
-    """How many of every layer are at or below the threshold, down to the layer's minimum.
+    """Number of weights of every layer at or below the threshold, down to the layer's minimum.
 
     first: whether nothing was masked before. Errors: TargetMissed when nothing is that low at the first plan.
     """

@@ -1,4 +1,4 @@
-"""Plans from exact zeros: the last step after every penalty, gate and proximal method."""
+"""Plans from exact zeros: the last step after penalties, gates and proximal methods."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def plan_zeros(
     another number than 0 is kept; `fold_means` folds it. With `Element()` the masks are the zeros of every layer.
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
+    granularity: `Channel()`, `Head()`, both, or `Element()`.
     """
     model = with_plain_weights(model)
     with untouched(model, 0):
@@ -90,12 +91,12 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
 
 
 def _constants_kept(model: nn.Module, groups: Sequence[Group], keep: Keep) -> Iterator[str]:
-    """The units that compute the same for every input and are kept, and why."""
+    """The kept units with constant outputs, and why they are kept."""
     for group in groups:
         count = int((_constant(model, group) & keep[group.name]).sum()) if group.name in keep else 0
         if count and int(keep[group.name].sum()) > group.min_units:
             yield (
-                f"{count} units of {group.name} have zero weights and stay: their bias or the shift of their norm "
+                f"{count} units of {group.name} have zero weights and are kept: their bias or the shift of their norm "
                 "makes them a constant that is read as another number than 0; prune them with pr.plan, then "
                 "fold_means adds the constant to the biases that read it"
             )
@@ -128,7 +129,7 @@ def _kept(model: nn.Module, graph: Graph, group: Group, silent: Tensor | None = 
 
 
 def _alive(named: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:
-    """Units of which some member holds a weight that is not zero."""
+    """Units with a non-zero weight in some member."""
     alive = torch.zeros(size, dtype=torch.bool)
     for member in members:
         alive[_units_alive(named[member.entity].detach(), member)] = True
@@ -136,10 +137,10 @@ def _alive(named: Mapping[str, Tensor], members: Sequence[Member], size: int) ->
 
 
 def _constant(model: nn.Module, group: Group) -> Tensor:
-    """Units that are the same for every input, in evaluation mode.
+    """Units with the same value for every input, in evaluation mode.
 
-    All weights that make them are zero; or every scale of a norm on them is, and each weight that makes them and is not
-    zero has a norm of its own.
+    All weights that produce the unit are zero; or every scale of a norm on it is zero, and each non-zero weight that
+    produces it has a norm of its own.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     producers = [m for m in group.members if m.role == "out" and m.entity in named]
@@ -152,7 +153,7 @@ def _constant(model: nn.Module, group: Group) -> Tensor:
 
 
 def _read_as_zero(model: nn.Module, graph: Graph, groups: Sequence[Group], inputs: Inputs) -> dict[str, Tensor]:
-    """Group -> units that are constant and that all weights which read them read as exactly zero."""
+    """Group -> constant units that all reading weights read as exactly zero."""
     constant = {group.name: _constant(model, group) for group in groups}
     some = tuple(group for group in groups if bool(constant[group.name].any()))
     if not some:

@@ -126,7 +126,8 @@ def distill_lm_(
     small: any model that takes the teacher's batches and returns logits of the same shape. lr: about 1e-3 with
     adapters, 1e-5 to 1e-4 without. training: optimizer, learning rate schedule, clipping, seed.
     Errors: CheckFailed if the loss is not finite; the model then keeps its last good weights. After any other
-    error it is as before.
+    error the model is as before.
+    on_step: called after each step with its number, loss and learning rate.
 
     Use: after every structured pruning of a language model, and after `match_stream_` where that applies. Avoid: tasks
     with labels: `finetune` learns from both.

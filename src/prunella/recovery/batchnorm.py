@@ -76,7 +76,7 @@ def recalibrate_bn(
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
     if not norms:
         return ()
-    data = list(data) if isinstance(data, Iterator) else data  # it may be read more than once
+    data = list(data) if isinstance(data, Iterator) else data  # the batches may be read more than once
     with mode(model, training=False), _restored_on_error(norms), torch.no_grad():
         if not sequential:
             moments = _observe(model, data, list(norms), loss, training=True)
@@ -111,8 +111,8 @@ def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None
         >>> torch.allclose(model(batch), before, atol=1e-4), torch.allclose(model.train()(batch), before, atol=0.1)
         (True, True)
 
-    Use: after `reconstruct`, before training. Avoid: instead of `recalibrate_bn`, which changes the function: a plain
-    cut leaves statistics that fit nothing.
+    Use: after `reconstruct`, before training. Avoid: right after a cut, where the old statistics are wrong and have to
+    be replaced by `recalibrate_bn`.
     """
     model = unwrap(model)
     owners = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
@@ -143,14 +143,14 @@ def _outputs(model: nn.Module, batch: Any, loss: Loss | None) -> list[Tensor]:
 
 
 def _check_same(model: nn.Module, expected: list[Tensor], outputs: list[Tensor]) -> None:
-    """Errors: CheckFailed where something else reads the scale, the shift or the statistics of a norm, or NaN."""
+    """Errors: CheckFailed if other code reads the scale, shift or statistics of a norm, or the outputs hold NaN."""
     pairs = [(a.double(), b.double()) for a, b in zip(expected, outputs, strict=True) if a.is_floating_point()]
     largest = max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0)
     error = max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
     coarse = any(p.dtype.itemsize < 4 for p in model.parameters())
     if not error <= (5e-2 if coarse else 5e-3) * largest:
-        why = f"the output would change by {error / (largest or 1.0):.1%}: something else reads their parameters"
-        raise CheckFailed("the norms cannot absorb the statistics", why, "nothing has changed; leave absorb_bn out")
+        why = f"the output would change by {error / (largest or 1.0):.1%}: other code reads their parameters"
+        raise CheckFailed("the norms cannot absorb the statistics", why, "the model is unchanged; leave absorb_bn out")
 
 
 def _has_affine(module: nn.Module) -> bool:

@@ -1,8 +1,9 @@
-"""A training that goes on after a kill: its whole state in one file, written every minute.
+"""Checkpoints of a training: its full state in one file, written every minute, so that a killed training resumes.
 
-The file holds weights, optimizer, losses, the place in the data and the random generators, and all that decides the
-training: another one is refused, with what differs. What follows has the bits of a training that was not stopped, if
-the data repeats itself: a list, or a loader whose order comes from the generators of torch, numpy, Python or its own.
+The file holds weights, optimizer, losses, the position in the data, the random states and the identity of the training;
+a checkpoint of another training is refused, with the differences. A resumed training is bit-identical to one without
+a stop if the data is repeatable: a list, or a loader whose order comes from random generators of torch, numpy, Python
+or its own.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from prunella.model.batches import batches
 from prunella.model.rng import RngState, restore_rng_, rng_state
 
 SECONDS = 60.0
-"""Between two writes."""
+"""Seconds between two writes."""
 
 
 @dataclass(frozen=True)
 class DataPosition:
-    """The random state in which the present epoch began, and the batches that it has given."""
+    """The random state at the start of the present epoch, and the number of its batches used so far."""
 
     epoch: RngState
     offset: int
@@ -60,11 +61,11 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps that are done."""
+        """Number of finished steps."""
         return len(self.losses)
 
     def batches(self, data: Iterable[Any], steps: int) -> Iterator[Any]:
-        """The batches of the steps that are left, starting over when the data ends."""
+        """The batches of the remaining steps, starting over when the data ends."""
         left = steps - self.step
         while left > 0:
             epoch, offset, stream = self._epoch(data)
@@ -76,7 +77,7 @@ class Checkpoint:
                     return
 
     def _epoch(self, data: Iterable[Any]) -> tuple[RngState, int, Iterator[Any]]:
-        """The random state at the start of an epoch, and its batches; after a kill, those of it that are left."""
+        """The random state at the start of an epoch, and its batches; after a kill, only the remaining ones."""
         start, self._start = self._start, None
         if start is None or self._rng is None:
             return (rng_state(data) if self.path else {}), 0, batches(data)
@@ -88,7 +89,7 @@ class Checkpoint:
         return start.epoch, start.offset, stream
 
     def done(self, loss: float, rate: float, data: Iterable[Any]) -> None:
-        """A step is done; it is written if the last time is long ago."""
+        """Record a finished step; write the file if the last write is long ago."""
         self.losses.append(loss)
         self.rates.append(rate)
         if self.path and since(self._written) >= SECONDS:
@@ -115,7 +116,7 @@ class Checkpoint:
             before = Identity(dict(state["identity"]))
             if before.digest != self._identity.digest:
                 why = f"it holds another training: {before.difference(self._identity)}"
-                raise RequestError(f"{path} is not continued", why, "remove it, or do what was done there")
+                raise RequestError(f"{path} is not continued", why, "remove it, or repeat the earlier call unchanged")
             put_tensors_(self._model, state["model"])
             self._optimizer.load_state_dict(state["optimizer"])
             self.losses, self.rates = state["losses"].tolist(), state["rates"].tolist()
@@ -124,16 +125,18 @@ class Checkpoint:
             if isinstance(error, RequestError | BadInput):
                 raise
             why = f"{type(error).__name__}: {error}"
-            raise BadInput(f"{path} is no training", why, "remove the file to train again") from error
+            raise BadInput(
+                f"{path} is not a checkpoint of a training", why, "remove the file to train again"
+            ) from error
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers of a model, those too that its state dict leaves out."""
+    """All parameters and buffers of a model, including those that its state dict leaves out."""
     return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def put_tensors_(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy what `named_tensors` gave into the model, bit for bit. Errors: BadInput if it is of another model."""
+    """Copy the tensors of `named_tensors` into the model, bit for bit. Errors: BadInput for those of another model."""
     own = named_tensors(model)
     if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
         raise BadInput("a stored state does not fit the model", "other names or shapes", "remove it to make it again")

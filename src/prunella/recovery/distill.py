@@ -33,6 +33,7 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     temperature: above 0; a higher one gives the wrong classes more weight. outputs: how to get logits from (model,
     batch), by default the `logits` in the model's output for the batch, else its first tensor with as many rows as the
     batch; for batches with labels for example `lambda model, batch: model(batch[0])`.
+    Errors: RequestError for a temperature that is not positive.
 
     Use: classifiers and language models: the first choice. Avoid: models whose last axis is not classes.
     """
@@ -98,8 +99,9 @@ def distill_attention(
     tokens. outputs: how to run (model, batch).
 
     Data: batches without labels.
+    Errors: RequestError for p out of range, or an output without positions.
 
-    Use: together with logits or instead, after channel pruning. Avoid: layers with one position, where every map is 1.
+    Use: with the logits or instead of them, after channel pruning. Avoid: layers with one position: every map is 1.
     """
     if not p > 0:
         raise RequestError(f"p={p:g} is out of range", "it takes positive numbers", "p=2 is usual")
@@ -155,6 +157,7 @@ def distill_attention_probabilities(
     models of transformers return for `output_attentions=True`.
 
     Data: batches without labels.
+    Errors: RequestError for different numbers of layers or shapes.
 
     Use: after pruning heads or neurons of a transformer, with few labels. Avoid: after dropping layers: layers are
     compared one to one.
@@ -202,6 +205,7 @@ def distill(
 
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
     `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate schedule, clipping and seed.
+    on_step: called after each step with its number, loss and learning rate.
 
     Example:
 
@@ -213,8 +217,8 @@ def distill(
         >>> len(curve.loss)
         20
 
-    Use: recovery without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
-    matters.
+    Use: recovery without labels, with the dense model available. Avoid: a dense model that is poor on the data of
+    interest.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 

@@ -1,4 +1,4 @@
-"""A small training loop for recovery. A loop of the user's own works as well: attach a `prunella.Pruner` to it."""
+"""A small training loop for recovery. A custom loop works as well, with a `prunella.Pruner` attached to it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Training:
     """Settings of a training loop.
 
     optimizer: a function of (parameters, learning rate). lr_schedule: progress in [0, 1] -> factor of the learning
-    rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling. checkpoint: a file that
-    keeps the training, every minute; after a kill the same call goes on from it.
+    rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling. checkpoint: a file for the
+    state of the training, written every minute; after a kill the same call resumes from it.
     """
 
     optimizer: OptimizerFactory = adamw
@@ -97,8 +97,8 @@ def finetune(
     data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule, clipping and seed;
     the caller's random state does not change. on_step: called after each step with its number, loss and learning rate.
 
-    `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss. After
-    any other error, of the loss, the data or an interrupt, it is as before.
+    Errors: CheckFailed if loss or gradient is not finite: the model then has the last weights with a finite loss. After
+    any other error, of the loss, the data or an interrupt, the model is as before.
 
     Example:
 
@@ -112,7 +112,7 @@ def finetune(
     Use: data with labels. Avoid: a handful of samples: the model overfits; `reconstruct` needs fewer.
     """
     guard = restored_on_error(model, but=(CheckFailed,))
-    with guard, outside_inference(), torch.enable_grad():  # whatever the caller has switched off
+    with guard, outside_inference(), torch.enable_grad():  # also if the caller has disabled gradients
         return _trained(model, data, loss, steps, lr, training, on_step)
 
 
@@ -153,7 +153,7 @@ def _trained(
 
 
 def _identity(model: nn.Module, data: Iterable[Any], loss: Loss, steps: int, lr: float, training: Training) -> Identity:
-    """All that decides a training; where it is kept does not."""
+    """Everything that determines a training, without the path of its checkpoint."""
     asked = {"data": data, "loss": loss, "steps": steps, "lr": lr, "training": replace(training, checkpoint=None)}
     return identify({**model_parts(model), **asked})
 

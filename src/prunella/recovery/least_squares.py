@@ -12,7 +12,7 @@ from prunella.solvers.linalg import damped_solve
 from prunella.types import Gram
 
 TOKENS = 8192
-"""Of one product in the precision of the inputs."""
+"""Tokens of one product in the precision of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sums:
     """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
 
     With `centered`, X is relative to the mean of its first batch, so that large offsets cost no precision. quick:
-    products of a few thousand tokens in the precision of X, and only their sum in float64; half the time.
+    products of `TOKENS` tokens are computed in the precision of X and summed in float64, in half the time.
     """
 
     def __init__(self, *, centered: bool, quick: bool = False) -> None:
@@ -114,9 +114,9 @@ class Sums:
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
 
     def chosen(self, held_out: Sums, ridges: Sequence[float]) -> Solution:
-        """The solution for all tokens with the ridge whose solution for these tokens errs least on those held out.
+        """The solution for all tokens with the best ridge: its solution for these tokens has the least held-out error.
 
-        Nothing changes if no ridge reduces the error there.
+        The change is zero if no ridge reduces the held-out error.
         """
         errors = {ridge: held_out.error(self.solve(ridge)) for ridge in ridges}
         best = min(errors, key=errors.__getitem__)

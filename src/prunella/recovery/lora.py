@@ -27,7 +27,7 @@ from prunella.types import Mask
 PROBES = 32
 EXACT = 1e-9
 MOST = 16
-"""A module with more matrices is no adapter."""
+"""A module with more matrices is not an adapter."""
 Matrices = tuple[tuple[str, str], ...]
 
 
@@ -107,14 +107,15 @@ def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
 
     `y = W x + s (m * (B A)) x`, with m the recorded mask of the base, or else the non-zeros of its weight. No module is
     renamed or replaced: hooks on the two layers of each adapter compute the masked product. Dropout before the adapter
-    stays, and the trained function is exactly the function after `merge_adapters_`. The cost is one matrix product of
+    is kept, and the trained function is exactly the function after `merge_adapters_`. The cost is one matrix product of
     the size of the base per step.
 
     peft's linear layers and hand-written ones with two linear layers are recognized by their function.
 
     Data: none.
+    Errors: NotSupported for an adapter whose factors are not linear layers.
 
-    Use: before training adapters on a pruned model that must stay sparse. Avoid: a dense base: the hooks only cost
+    Use: before training adapters on a pruned model that must remain sparse. Avoid: a dense base: the hooks only cost
     time.
     """
     model = unwrap(model)
@@ -231,7 +232,7 @@ def _product(first: Tensor, second: Tensor, shape: tuple[int, int]) -> Tensor:
         return second @ first
     if first.shape[0] == width and second.shape[1] == out and first.shape[1] == second.shape[0]:
         return (first @ second).T
-    raise ValueError("these matrices are no factors of the base")
+    raise ValueError("these matrices are not factors of the base")
 
 
 def _is_linear(base: nn.Module, weight: nn.Parameter, flip: bool) -> bool:
@@ -261,7 +262,7 @@ def _added(adapter: _Adapter) -> Tensor | None:
     try:
         with torch.no_grad(), mode(replica, training=False):
             outputs = first_tensor(replica(x)) - first_tensor(replica.get_submodule(adapter.leaf)(x))
-    except Exception:  # of any kind: a module that fails on its own input is no known adapter
+    except Exception:  # of any kind: a module that fails on its own input is not a known adapter
         return None
     deltas = adapter.deltas(adapter.module)
     mask = _mask(adapter.base)

@@ -1,7 +1,7 @@
 """Learning-rate schedules for retraining: each is a value of `Training(lr_schedule=...)`.
 
 The learning rate of retraining matters as much as the criterion. `finetune` therefore always returns its learning rates
-as `Curve.lr`, a trace that the functions here take.
+as `LossCurve.lr`, the trace for the functions here.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def rewind_lr(trace: Sequence[float], *, steps: int) -> RecordedLR:
     `finetune`, since the rates are absolute.
 
     Data: none; the curve of an earlier training.
+    Errors: RequestError for more steps than the trace has.
 
     Use: after one-shot or iterative pruning, with the trace of training: better than a small constant rate. Avoid:
     models without a trace, and a few steps at the low end of the trace, which are plain fine-tuning.
@@ -87,6 +88,7 @@ def scaled_lr(trace: Sequence[float], *, steps: int, warmup: float = 0.1) -> Rec
     Pass `lr=1` to `finetune`, since the rates are absolute.
 
     Data: none; the curve of an earlier training.
+    Errors: RequestError for knobs out of range.
 
     Use: a budget much shorter than training, with large rates at the start. Avoid: a model that lost almost nothing:
     large rates harm it first.
@@ -115,6 +117,7 @@ def adaptive_lr(
     budget: retraining steps divided by training steps, above 0; values above 1 count as 1.
 
     Data: none.
+    Errors: RequestError for numbers out of range, or weights that do not match.
 
     Use: iterative pruning with a short budget in every round. Avoid: a budget for which a learning rate was tuned.
     """

@@ -28,7 +28,7 @@ from prunella.registry.method import recovery
 class _Layer:
     """A module with a weight and a bias: the axis of its outputs, and how it reads the weight.
 
-    read: without the values of a run; None if the weight is a scale.
+    read: the read of its weight without activations; None if the weight is a scale.
     """
 
     name: str
@@ -83,7 +83,9 @@ def _layers(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
     unknown = [name for name in names if name not in owners]
     if unknown:
         raise RequestError(
-            f"{unknown[0]!r} is no module with a weight and a bias", "the correction needs both", "see named_modules()"
+            f"{unknown[0]!r} is not a module with a weight and a bias",
+            "the correction needs both",
+            "see named_modules()",
         )
     reads: dict[int, tuple[int, Read]] = {}
     ran: list[str] = []

@@ -41,7 +41,7 @@ class Submatrix:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a weight with its matrices, and how each model reads it, without the values of a run."""
+    """A part of a weight with its matrices, and the read of each model, without activations."""
 
     dense: Read
     small: Read
@@ -49,7 +49,7 @@ class Part:
 
     @property
     def shifts(self) -> bool:
-        """Whether a constant can be added to the outputs: by a bias, or by the mean of the norm behind."""
+        """Whether a constant can be added to the outputs: by a bias, or by the mean of the following norm."""
         return self.small.bias is not None or (self.small.norm is not None and self.dense.norm is not None)
 
 
@@ -117,7 +117,7 @@ def readers_of(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss:
 def _run(
     model: nn.Module, weights: Sequence[nn.Parameter], batch: Any, loss: Loss | None
 ) -> tuple[dict[nn.Parameter, list[Read]], dict[int, Unread]]:
-    """For each weight the reads of one pass, without their values."""
+    """For each weight the reads of one pass, without activations."""
     seen: dict[nn.Parameter, list[Read]] = {}
     try:
         watch = _watched(model, weights, batch, loss, seen)
@@ -141,7 +141,7 @@ def _watched(
         run(model, batch, loss)
     watch.finish()
     for weight, reads in seen.items():
-        if id(weight) in watch.reused:  # what the norm returns is not all that depends on the output
+        if id(weight) in watch.reused:  # the output has other readers than the norm
             seen[weight] = [replace(read, norm=None) for read in reads]
     return watch
 

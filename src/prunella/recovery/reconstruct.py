@@ -96,18 +96,18 @@ def reconstruct(
 
     small: the shrunk model, or the dense one with the plan's structure masked (masked weights stay zero).
     data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. Up to 128 batches of a
-    list take one walk: the forward passes of all batches wait at each layer until it is fitted, and go on with its new
-    outputs, which costs the activations of these passes in memory. Otherwise each layer takes a pass of its own.
+    list take one walk: the forward passes of all batches wait at each layer until it is fitted, and continue with its
+    new outputs, at the cost of the memory for their activations. Otherwise each layer takes a pass of its own.
     loss: how to run a model on one batch; by default the model is called on the batch. ridge: from 0 up, 1e-3 to 1e-1
     is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise. "auto": for each layer
-    the value of 1e-3 to 10 that errs least on every fourth batch, when the others are fitted; the layer keeps its
-    weights where none helps. All batches then decide the weights. With one batch, 1e-3, or 1e-2 for few tokens. Of very
-    many tokens (pixels) of a batch, 16 for each input of the layer are taken.
-    Positions where the `attention_mask` of a batch is 0 are padding, and count nothing.
+    the value from 1e-3 to 10 with the least error on every fourth batch after a fit to the others. All batches then
+    determine the weights; a layer that no value improves keeps its weights. With a single batch the value is 1e-3, or
+    1e-2 for few tokens. If a batch has very many tokens (pixels), 16 per input of the layer are sampled.
+    Positions where the `attention_mask` of a batch is 0 are padding and are ignored.
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
-    single weights, tied weights that are read in two ways, recurrent layers. After an error `small` is as before.
+    single weights, tied weights read in two ways, recurrent layers. on_fit: see `OnFit`. An error changes nothing.
 
     Example:
 
@@ -154,7 +154,7 @@ def _check_ridge(ridge: float | Literal["auto"]) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all fits share. run: how to run a model on a batch."""
+    """The arguments that all fits share. run: runs a model on a batch."""
 
     small: nn.Module
     dense: nn.Module
@@ -163,7 +163,7 @@ class _Job:
     ridge: float | Literal["auto"]
 
     def fits(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
-        """Refit the readers in their order: in one walk where that is possible, else with a pass for each."""
+        """Refit the readers in order: in one walk if possible, otherwise with one pass for each."""
         left, together = list(readers), _few(self.data)
         while left:
             try:
@@ -245,7 +245,7 @@ def _listed(read: Read | None) -> list[Read]:
 
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""What "auto" tries."""
+"""The ridges that "auto" tries."""
 
 
 class _Gathering:
@@ -277,7 +277,7 @@ class _Gathering:
 
     @property
     def total(self) -> Gathered:
-        """The sums of all batches, for matrices that saw any."""
+        """The sums of all batches, for matrices that ran on at least one batch."""
         sums = {key: _sum(fit, self.held_out.get(key)) for key, fit in self.fit.items()}
         return {key: entry for key, entry in sums.items() if entry.tokens}
 
@@ -334,14 +334,14 @@ def _real_tokens(read: Read, real: Tensor | None) -> Tensor | None:
 
 
 def _target(part: Part, submatrix: Submatrix, small: Read, dense: Read, tokens: Tensor | None) -> Tensor:
-    """The outputs that give what the dense model has behind the norm and the sum: `(tokens, out)`, in float64.
+    """The outputs that reproduce the dense model after the norm and the residual sum: `(tokens, out)`, in float64.
 
     `(a y + c + r - c' - r') / a'` with scale a and shift c of the norm, residual r, and the primes in the small model.
     The next layers read the sum: the layer compensates the error in the residual too. A channel with scale 0 keeps y.
     """
     y = dense.rows(submatrix.dense, submatrix.expected, tokens=tokens).double()
     if (small.norm is None) != (part.small.norm is None) or (small.norm is None) != (dense.norm is None):
-        return y  # a norm that is not all that reads the output
+        return y  # the output has other readers than the norm
     added = torch.zeros_like(y)
     if small.residual is not None and dense.residual is not None:
         added += dense.rows(submatrix.dense, submatrix.expected, tokens=tokens, residual=True)

@@ -22,11 +22,11 @@ from prunella.model.observed_reads import Read
 from prunella.model.watch import Stop, Watch
 
 _PATIENCE = 2.0
-"""Seconds in which a pass that computes uses the processor."""
+"""Seconds without processor time after which a pass counts as blocked."""
 
 
 class Stuck(Exception):
-    """The passes of several batches cannot go on side by side."""
+    """The passes of several batches block each other."""
 
 
 class PausedPass:
@@ -45,7 +45,7 @@ class PausedPass:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def next(self) -> Read | None:
-        """Go on to the next read; None at the end of the pass. An error of the pass is raised here.
+        """Continue to the next read; None at the end of the pass. An error of the pass is raised here.
 
         Errors: Stuck for a pass that waits for something that another pass holds.
         """
@@ -67,14 +67,14 @@ class PausedPass:
         return self._read
 
     def end(self) -> None:
-        """Let the pass end, wherever it is."""
+        """End the pass at its present position."""
         self._ends = True
         self._go.release()
 
     def close(self) -> None:
         """End the pass and wait for its end."""
         self.end()
-        while self._thread.is_alive():  # never, if it was not started
+        while self._thread.is_alive():  # false for a thread that was not started
             self._go.release()
             self._thread.join(0.01)
 
@@ -141,7 +141,7 @@ def _used() -> float:
 
 
 def _own(model: nn.Module) -> nn.Module:
-    """Modules of their own with the same parameters and buffers: what a pass keeps on a module is not mixed up."""
+    """Separate modules with the same parameters and buffers: each pass has its own module attributes."""
     return copied(model, shared=[*model.parameters(), *model.buffers()])
 
 

@@ -1,4 +1,4 @@
-"""Concepts of the subject, by the words that people search for, with the names to type in Python.
+"""Concepts of the field, by the words that people search for, with the names to type in Python.
 
 `concepts.toml` is written by `python docs/concept_table.py --package` from the rows of the documentation.
 """
@@ -49,16 +49,16 @@ def near(text: str) -> list[str]:
 
 
 def _rank(wanted: str, concept: Concept) -> int:
-    """A name or word of a concept first, whole before in part; names of Python after that, which only hold the text."""
-    said = [_plain(name) for name in (concept.name, *concept.words)]
-    exact = [re.sub(r"\s*\(.*\)$", "", name) for name in said]
+    """The rank of a match: names and words of a concept first, full before partial matches, then Python names."""
+    titles = [_plain(name) for name in (concept.name, *concept.words)]
+    exact = [re.sub(r"\s*\(.*\)$", "", name) for name in titles]
     names = [_plain(name) for name in _names(concept)]
-    if wanted in (said[0], exact[0]):
+    if wanted in (titles[0], exact[0]):
         return 0
-    if wanted in said or wanted in exact:
+    if wanted in titles or wanted in exact:
         return 1
     whole = re.compile(rf"(^|\W){re.escape(wanted)}(\W|$)")
-    if any(map(whole.search, said)):
+    if any(map(whole.search, titles)):
         return 2
     if any(map(whole.search, names)):
         return 3

@@ -123,7 +123,7 @@ def training(*, source: str, status: Status = "experimental") -> Callable[[F], F
 
 
 def compression(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a compression beside pruning: quantization, weight sharing, low rank, token reduction."""
+    """Register a compression other than pruning: quantization, weight sharing, low rank, token reduction."""
     return record("compression", source=source, status=status)
 
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: plain shapes and text, in the colors of the page, the same bytes every time."""
+"""Charts as inline SVG: plain shapes and text, in the colors of the page, deterministic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-# Colors that no one would choose, which become the page's own, light or dark.
+# Placeholder colors, replaced by those of the page, light or dark.
 INK, MUTED, GRID, DENSE, PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", DENSE: "dense", PRUNED: "pruned"}
 _ALONE = {"ink": "#444444", "muted": "#666666", "line": "#dddddd", "dense": "#777777", "pruned": "#1f77b4"}
@@ -26,7 +26,7 @@ _ELEMENTS = frozenset(("svg", "g", "path", "use", "defs", "text", "tspan", "clip
 _ATTRIBUTES = frozenset(("id", "d", "style", "transform", "x", "y", "width", "height", "viewBox", "clip-path"))
 _HARMLESS = re.compile(r"[^\"'<>&\\]*")
 WIDE, NARROW = 7.6, 3.6
-"""Inches: for a desktop column and for a phone. Text has the same size in both."""
+"""Widths in inches, for a desktop column and for a phone. Text has the same size in both."""
 
 
 def latency_chart(latency: Comparison, width: float = WIDE) -> Markup:
@@ -71,7 +71,7 @@ def curve_chart(curve: Curve, width: float = WIDE) -> Markup:
 
 
 def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) -> Markup:
-    """What `draw` draws, as clean SVG of so many inches. tag: unlike that of any other chart of a page."""
+    """The drawing of `draw` as clean SVG, in inches. tag: unique among the charts of a page."""
     with needing_report("a chart"):
         import matplotlib as mpl
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -102,7 +102,7 @@ def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) 
 
 
 def alone(chart: Markup) -> str:
-    """A chart as a file of its own: it says that it is SVG, and has colors that no page gives it."""
+    """A chart as a separate SVG file, with its own colors."""
     text = str(chart).replace("<svg ", f'<svg xmlns="{_SVG[1:-1]}" ', 1)
     for name, color in _ALONE.items():
         text = text.replace(f"var(--{name})", color)
@@ -110,7 +110,7 @@ def alone(chart: Markup) -> str:
 
 
 def clean_svg(source: bytes, prefix: str) -> Markup:
-    """Only shapes and text with harmless attributes remain; names get a prefix, so that charts share no ids."""
+    """The SVG reduced to shapes and text with harmless attributes; ids get a prefix, so that charts share none."""
     with needing_report("a chart"):
         from markupsafe import Markup
     root = ElementTree.fromstring(source)

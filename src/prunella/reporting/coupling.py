@@ -1,4 +1,4 @@
-"""The coupling of a model as a picture: a row for each layer, a rail for each group from makers to readers."""
+"""The coupling of a model as a picture: a row per layer, a rail per group from producers to readers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class CoupledStop:
-    """Where a group meets a layer: it is made there (`out`) or read there (`in`)."""
+    """A layer of a group: it produces the units (`out`) or reads them (`in`)."""
 
     row: int
     makes: bool
@@ -45,7 +45,7 @@ class Rail:
 
 
 def rails(graph: Graph) -> tuple[Rail, ...]:
-    """The groups as rails; a column is used again once the group that had it has ended."""
+    """The groups as rails; a column is reused after the end of its group."""
     rows = {layer.entity: row for row, layer in enumerate(graph.layers)}
     spans = [(stops, group) for group in graph.groups if (stops := _stops(graph, group, rows))]
     free_after: list[int] = []
@@ -71,7 +71,7 @@ def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[CoupledSto
 
 
 def render_coupling(graph: Graph, title: str) -> str:
-    """The page as text: the picture, what each group holds and costs, and what cannot be pruned. Names are escaped."""
+    """The page as text: the picture, the members and costs of each group, and the frozen axes. Names are escaped."""
     environment = templates()
     from markupsafe import Markup
 
@@ -95,7 +95,7 @@ def render_coupling(graph: Graph, title: str) -> str:
 
 
 def _card(graph: Graph, group: Group) -> dict[str, Any]:
-    """A group with what goes with one unit, and its tensors by what they do."""
+    """A group with the cost of one unit, and its tensors by their roles."""
     less = {group.name: torch.arange(group.size) > 0}
     by_role: dict[str, list[str]] = {}
     for member in group.members:

@@ -1,4 +1,4 @@
-"""The extra `report`: matplotlib draws the charts, jinja2 fills in the pages. Nothing else needs them."""
+"""The extra `report`: matplotlib for the charts and jinja2 for the pages; other code does not need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunella.errors import MissingExtra
 
 @contextmanager
 def needing_report(what: str) -> Iterator[None]:
-    """Imports that `what` needs. Errors: MissingExtra, which says how to get them."""
+    """Inside, imports that `what` needs. Errors: MissingExtra, with the command that installs them."""
     try:
         yield
     except ImportError as error:
@@ -20,7 +20,7 @@ def needing_report(what: str) -> Iterator[None]:
 
 
 def reason_without(write: Callable[[], object], name: str) -> str:
-    """Call `write`, which writes the page `name`; where the extra is missing, the line that says so, else nothing."""
+    """Call `write`, which writes the page `name`; returns a line that names the missing extra, or an empty text."""
     try:
         write()
     except MissingExtra as error:

@@ -28,9 +28,9 @@ DENSE_NAME = "dense"
 
 @dataclass(frozen=True)
 class Cell:
-    """One model: a method at one compression ratio with one seed. `error` says why there is none.
+    """One model: a method at one compression ratio with one seed. `error`: the reason if there is no model.
 
-    score: what `evaluate` gave. remaining: fractions of the dense model's parameters and multiply-adds, zeros left out.
+    score: the result of `evaluate`. remaining: fractions of the dense parameters and multiply-adds, without zeros.
     """
 
     method: str
@@ -65,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The result of an experiment. unit: what `ratio` is a ratio of."""
+    """The result of an experiment. unit: the quantity of `ratio`."""
 
     cells: tuple[Cell, ...]
     points: tuple[Point, ...]
@@ -118,7 +118,7 @@ class Frontier:
         )
         lead += "bands wider than the chart are cut off."
         if self.failures:
-            lead += f" {len(self.failures)} of {len(self.cells)} models could not be made: see the reasons."
+            lead += f" {len(self.failures)} of {len(self.cells)} models failed: see the reasons."
         rows = [self._row(point) for point in self.points]
         header = ("Method", "Ratio", "Got", "Score", "95 %", "Seeds", "Front")
         return Section("Quality against size", lead, header, tuple(rows))
@@ -129,9 +129,7 @@ class Frontier:
         for cell in self.failures:
             seeds_of.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
         rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in seeds_of.items()]
-        return Section(
-            "What could not be made", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows)
-        )
+        return Section("Failed models", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows))
 
     def _row(self, p: Point) -> tuple[str, ...]:
         compression, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
@@ -150,7 +148,7 @@ class Frontier:
 
 
 def unmeasured(cell: Cell | None) -> PruningError:
-    """The error where a dense model has no quality; its cell says why. What the user's code raised is bad input."""
+    """The error for a dense model without a quality, with the reason of its cell; BadInput for errors of user code."""
     why = cell.error if cell else "there is no cell of it"
     kind = RequestError if cell is None or why.startswith(RequestError.__name__) else BadInput
     return kind("the dense model cannot be measured", why, "check make=, inputs= and evaluate=")
@@ -275,7 +273,7 @@ def _short(name: str, limit: int = 40) -> str:
 
 
 def _leaders(frontier: Frontier) -> list[str]:
-    """Who has the highest mean at each ratio: `lamp at 2x, 4x`; a ratio where several share it names none."""
+    """The methods with the highest mean at each ratio, `lamp at 2x, 4x`; ratios with several leaders are omitted."""
     leads: dict[str, list[str]] = {}
     for ratio in dict.fromkeys(p.ratio for p in frontier.points):
         there = [p for p in frontier.points if p.ratio == ratio and p.n == p.of]

@@ -1,4 +1,4 @@
-"""The report as one HTML file: no scripts, nothing fetched, light and dark, desktop, phone and paper."""
+"""The report as one HTML file: without scripts and external resources, for light, dark, desktop, phone and paper."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FOLD_AFTER = 24
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that a reader wants first. `tone`: good, plain or none."""
+    """One headline number. `tone`: good, plain or none."""
 
     label: str
     value: str
@@ -38,7 +38,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Kept:
-    """One reason why positions were not pruned, and where it applies."""
+    """One reason for frozen positions, and the places where it applies."""
 
     reason: str
     where: str
@@ -85,7 +85,7 @@ def _style() -> Markup:
 
 
 def templates() -> Environment:
-    """The templates of this folder; whatever is put into them is escaped. Errors: MissingExtra without jinja2."""
+    """The templates of this folder, with automatic escaping. Errors: MissingExtra without jinja2."""
     with needing_report("the HTML page"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     loader = FileSystemLoader(_FOLDER)
@@ -102,7 +102,7 @@ def templates() -> Environment:
 
 
 def _visible(value: object) -> object:
-    """A text without what turns it around or is not shown; what is marked as safe is no plain text."""
+    """A text without direction marks and invisible characters; text marked as safe is unchanged."""
     return printable(value) if type(value) is str else value
 
 
@@ -179,7 +179,7 @@ def _percent(value: float, digits: int = 0) -> str:
 
 
 def _sentence(text: str) -> str:
-    """A capital first letter; the rest, names above all, as it was."""
+    """The text with a capital first letter; the rest does not change."""
     return text[:1].upper() + text[1:]
 
 

@@ -73,7 +73,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class LayerLine:
-    """One layer with a weight. `width` is what the plan keeps of it, (kept, total), where it was pruned."""
+    """One layer with a weight. `width`: (kept, total) units by the plan, if it was pruned."""
 
     name: str
     shape_before: tuple[int, ...]
@@ -86,13 +86,13 @@ class LayerLine:
 
     @property
     def changed(self) -> bool:
-        """Whether it has another shape than before."""
+        """Whether its shape has changed."""
         return self.shape_before != self.shape_after
 
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """What a plan keeps of one group of units, or of one masked weight."""
+    """The kept part of one group of units, or of one masked weight."""
 
     name: str
     kind: str
@@ -112,7 +112,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is known of a pruned model next to the one it came from."""
+    """A pruned model compared with its dense model."""
 
     model: str
     inputs: str
@@ -131,14 +131,14 @@ class Report:
     pass_seconds: tuple[float, float] = (0.0, 0.0)
     sections: tuple[Section, ...] = ()
     caveats: tuple[str, ...] = ()
-    """The parts of the model that the numbers leave out; these lines stand first."""
+    """The parts of the model that the numbers do not cover; printed first."""
 
     def adding(self, *sections: Section) -> Report:
         """This report with further parts: side effects, the curves of an experiment."""
         return replace(self, sections=(*self.sections, *sections))
 
     def with_cut(self, quality: Mapping[str, float]) -> Report:
-        """This report with the scores that the pruned model had before it was recovered, by name."""
+        """This report with the scores of the pruned model before its recovery, by name."""
         scores = [m if m.unit != "score" else replace(m, cut=quality.get(m.name)) for m in self.metrics]
         return replace(self, metrics=tuple(scores))
 
@@ -198,11 +198,11 @@ class Report:
         columns = columns if self.recovered else [column for column in columns if column[0] != "cut"]
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
         table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
-        said = f"{self.model} on {self.inputs}: {self.verdict}"
+        headline = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"largest output difference: {self.difference:.2g} of the largest output, on {self.compared_on}"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
-        return "\n".join([said, *self.caveats, "", table_text, "", *end, *parts])
+        return "\n".join([headline, *self.caveats, "", table_text, "", *end, *parts])
 
     def _measured(self) -> list[str]:
         took = self.latency
@@ -226,9 +226,9 @@ def report(
 ) -> Report:
     """Compare `small` with `dense` on one batch: counts, latency side by side, peak memory, output difference.
 
-    plan: adds what was kept of each group, what was not pruned and why, and the target. quality: (name, before,
-    after) of your own measures. curve: how quality recovered. command: how to make this again. rounds: of the
-    latency measurement. Both models run in eval mode and are left as they were.
+    plan: adds the kept units of each group, the frozen axes with reasons, and the target. quality: (name, before,
+    after) of your own measures. curve: the quality during recovery. command: the command that repeats the run. rounds:
+    of the latency measurement. Both models run in eval mode and do not change.
 
     Example:
 
@@ -345,7 +345,7 @@ def _layers(
 
 
 def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> tuple[str, ...]:
-    """The parts that the numbers leave out: those that the plan names, and operations of unknown cost."""
+    """The parts that the numbers do not cover: those named by the plan, and operations of unknown cost."""
     sizes = {name: parameter.numel() for name, parameter in dense.named_parameters()}
     calls = {name: max(one.uncounted.get(name, 0) for one in work) for one in work for name in one.uncounted}
     hidden = {name: {*work[0].hidden.get(name, ()), *work[1].hidden.get(name, ())} for name in calls}

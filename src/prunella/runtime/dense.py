@@ -32,16 +32,16 @@ def dense_fast(
     """
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)
-    seen, fast, layers = read_layers(dense, example), frozen_copy(dense), list[LayerRecord]()
-    known: dict[object, tuple[Verdict, ...]] = {}
+    inputs_read, fast, layers = read_layers(dense, example), frozen_copy(dense), list[LayerRecord]()
+    verdicts: dict[object, tuple[Verdict, ...]] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for name, form in seen.forms.items():
-            module, shapes = fast.get_submodule(name), seen.shapes[name]
+        for name, form in inputs_read.forms.items():
+            module, shapes = fast.get_submodule(name), inputs_read.shapes[name]
             if form.plain and name and _is_plain(fast, module):
                 key = (tuple(weight_of(module).shape), module.bias is None, tuple(sorted(shapes)))
-                if key not in known:
-                    known[key] = _verdicts(form, module, shapes, tokens, seconds, seed)
-                layers.append(_replace(fast, name, module, known[key]))
+                if key not in verdicts:
+                    verdicts[key] = _verdicts(form, module, shapes, tokens, seconds, seed)
+                layers.append(_replace(fast, name, module, verdicts[key]))
     outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Acceptance(_AS_FAST)
     record = Sparsified(tuple(layers), outcome, seconds=since(begin), action="run oneDNN's dense kernel")
     return with_record(fast if outcome.kept else dense, record)

@@ -23,7 +23,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def _kernels_apply(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast, and no counter of operations looks on.
+    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast, and no count of operations in progress.
 
     It runs for every token: keep it fast.
     """
@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
     The state dict has `values` and `bits` in place of the weight. Which kernel runs depends on the number of tokens
     (`table`). Dense code runs where a gradient is wanted, for other types and devices, and for x with NaN or infinity.
     activation_path: path of the activation module in the dense model, if there is one. dense: the layer that it
-    replaces, without values, in a tuple of one so that it is no submodule; empty for nn.Linear.
+    replaces, without values, in a tuple of one so that it is not a submodule; empty for nn.Linear.
     """
 
     bits: Tensor

@@ -44,7 +44,7 @@ class ChangeTracker:
         self.all_have_versions = True
 
     def version(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
-        """The address of each tensor, and how often it was written to."""
+        """The address and the version counter of each tensor."""
         if self.all_have_versions:
             try:
                 return [(part.data_ptr(), part._version) for part in parts if part is not None]

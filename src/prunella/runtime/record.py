@@ -1,4 +1,4 @@
-"""The record of what `prunella.sparse` chose: kept with the model, printed, and saved."""
+"""The record of the choices of `prunella.sparse`: attached to the model, printable, and saved with it."""
 
 from __future__ import annotations
 

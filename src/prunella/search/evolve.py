@@ -39,6 +39,7 @@ def evolve(
     (`postgresql+psycopg://user@host/name`) that processes and machines share: start the same call in each; None for
     this process alone. A stored study is resumed. predict: as in `knapsack`. seed: of this process's sampler; processes
     that share a study need different seeds, and the result then depends on their order.
+    Errors: TargetMissed if removing all prunable units is not enough, MissingExtra without Optuna.
 
     Use: many groups that depend on each other, and an evaluation of seconds. Avoid: fewer than about fifty evaluations:
     take `knapsack` or `netadapt`.

@@ -51,7 +51,7 @@ class Levels:
         return {name: mask.numel() for name, mask in sorted(masks_of(self.models[self.sparsities[0]]).items())}
 
     def identity(self) -> Identity:
-        """All that decides the quality of a choice except the evaluation: every weight of every level."""
+        """Everything that determines the quality of a choice except the evaluation: every weight of every level."""
         stored = [self.models[s].get_parameter(name) for s, name in product(self.sparsities, self.masked())]
         rest = model_parts(self.models[self.sparsities[0]])
         return identify({**rest, "levels": [*self.sparsities, *self.masked()], "stored weights": digest_of(stored)})
@@ -88,14 +88,17 @@ def evolve_levels(
     levels: the stored weights. sparsity: one of their sparsities. evaluate: quality of a model, higher is better.
     generations, offspring: at least 1. folder: of the journal; a stopped search resumes from it with the same result.
     `shares` of the result: weight -> sparsity; `model` is the best model, with its masks.
+    Errors: RequestError for a sparsity that is not a level, or numbers out of range.
 
     Use: single weights of language models above 60 %. Avoid: a sum of layer errors as evaluate: it misleads.
     """
     if sparsity not in levels.models or generations < 1 or offspring < 1:
-        known = ", ".join(f"{s:g}" for s in levels.sparsities)
-        raise RequestError(f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {known}", "")
-    asked = {"question": "levels", "sparsity": sparsity, "seed": seed, "metric": evaluate}
-    with open_records(folder, lambda: levels.identity().plus(asked)) as records:
+        sparsities = ", ".join(f"{s:g}" for s in levels.sparsities)
+        raise RequestError(
+            f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {sparsities}", ""
+        )
+    question = {"question": "levels", "sparsity": sparsity, "seed": seed, "metric": evaluate}
+    with open_records(folder, lambda: levels.identity().plus(question)) as records:
         return _evolved(levels, sparsity, evaluate, (generations, offspring, seed), records)
 
 

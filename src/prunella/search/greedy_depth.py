@@ -67,6 +67,7 @@ def greedy_blocks(
     loss on calibration text. count: blocks to drop. folder: of a journal with one record for each evaluation; a killed
     search resumes from it, and the journal of another model or `evaluate` is refused.
     Errors: RequestError for a count or `among` out of range, BadInput for a quality that is not a number.
+    on_try: called after each evaluation with the dropped blocks and the quality.
 
     Use: depth of language models, with a minute for forward passes. Avoid: hundreds of blocks without `among`.
     """
@@ -88,7 +89,7 @@ def greedy_blocks(
 
 
 def _identity(blocks: Blocks, evaluate: Evaluate) -> Identity:
-    """All that decides a quality; `count` and `among` do not, so that searches for more blocks share a journal."""
+    """Everything that determines a quality, without `count` and `among`: searches for more blocks share a journal."""
     return identify({**model_parts(blocks.model), "blocks": blocks.paths, "question": "depth", "metric": evaluate})
 
 

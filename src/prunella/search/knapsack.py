@@ -52,7 +52,7 @@ def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, .
 
 
 class _Program:
-    """The binary program: one variable for each option that fits beside the cheapest options of all other groups.
+    """The binary program: one variable for each option that fits with the cheapest options of all other groups.
 
     Costs and losses are counted from the smallest of their group, and scaled to 1 and 10 000: the solver's absolute
     tolerance of 1e-6 is then 1e-10 of the largest loss.

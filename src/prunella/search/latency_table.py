@@ -49,6 +49,7 @@ def latency_table(
     run inside the model, with its caches and its other layers. Times that fall while multiply-adds grow are noise and
     are raised to the previous time. measure: a function of (models by name, inputs) that returns name -> module ->
     seconds; by default `time_by_layer`.
+    Errors: RequestError for masks, or ratios out of range.
     """
     candidates = space.candidates
     if not isinstance(candidates, CandidateUnits):
@@ -67,8 +68,8 @@ def latency_table(
             continue  # the weight is read outside of its module: its time is in the rest
         layers[entity] = _curve([(macs[name][0][entity], times[name][module]) for name in cuts])
         timed = {name: total + times[name][module] for name, total in timed.items()}
-    rest = _curve([(macs[name][1], sum(times[name].values()) - timed[name]) for name in cuts])
-    return LatencyTable(space, layers, rest)
+    rest_curve = _curve([(macs[name][1], sum(times[name].values()) - timed[name]) for name in cuts])
+    return LatencyTable(space, layers, rest_curve)
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:

@@ -46,7 +46,7 @@ def measured(
     predict: Predict | None = None,
     on_point: OnPoint | None = None,
 ) -> SearchResult:
-    """How many units of each group go: the smallest sum of measured losses within the budget.
+    """Number of units to remove from each group: the smallest sum of measured losses within the budget.
 
     `loss_l(x) = mean over judge of distance(dense output, output without the fraction x of group l)`, where the layers
     that read the group have the weights of `prunella.stats.elimination.compensated`, fitted on the data of the space.
@@ -62,6 +62,7 @@ def measured(
 
     The model does not change. Cost: one pass over the data with Gram matrices, and `len(levels)` passes over `judge`
     for each group.
+    target: as in `plan`. Errors: RequestError for masks, or numbers out of range.
 
     Use: channels, neurons and heads with calibration data, followed by `reconstruct`. Avoid: thousands of groups.
     """
@@ -104,9 +105,8 @@ def curves(
 ) -> Iterator[tuple[str, float, float]]:
     """Group, fraction removed and loss, point after point, for the cuts `masks` (units removed -> kept) of each group.
 
-    Call it in evaluation mode and without gradients, with readers of the model that was recorded: the model is changed
-    and restored. Calls before the first changed layer are not run again. Without a distance the passes are to give
-    what `judged` takes.
+    Call it in evaluation mode and without gradients, with readers of the recorded model, which is changed and restored.
+    Calls before the first changed layer are not repeated. Without a distance the passes must return inputs of `judged`.
     """
     compare = distance or distance_of(passes[0].output)
     for group, cuts in zip(groups, masks, strict=True):
@@ -143,7 +143,7 @@ def _curves(
 
 
 def _masks(space: Space, index: int, levels: Sequence[float]) -> dict[int, Mask]:
-    """Number of removed units -> what is kept of one group."""
+    """Number of removed units -> mask of the kept units of one group."""
     name = space.names[index]
     wanted = sorted({space.removed({name: level})[index] for level in levels} - {0})
     assert isinstance(space.candidates, CandidateUnits)
@@ -162,7 +162,7 @@ def _fitted(space: Space, subject: Subject) -> Readers:
 
 @contextmanager
 def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: float) -> Iterator[list[Tensor]]:
-    """The readers of a group without the removed units, with compensated weights; gives the tensors that differ."""
+    """Inside, the readers of a group have compensated weights for the removed units; yields the changed tensors."""
     saved: list[tuple[Tensor, Tensor]] = []
 
     def change(tensor: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: fl
 
 
 def _write(reader: ReaderOfUnits, weight: Tensor, constant: Tensor, change: Callable[[Tensor], Tensor]) -> None:
-    """The weight of one matrix, and the constant into the bias or the mean of the norm behind."""
+    """Write the weight of one matrix, and its constant to the bias or to the mean of the following norm."""
     read, matrix = reader.read, reader.matrix
     change(read.weight.detach())
     matrices = read.matrices().clone()
@@ -202,7 +202,7 @@ def distance_of(output: Any) -> Distance:
 
 
 def _of_length_one(vectors: Tensor) -> bool:
-    """Whether all rows have length one: chance gives that to no logits."""
+    """Whether all rows have length one, which does not happen to logits by chance."""
     lengths = vectors.detach().double().norm(dim=1)
     return len(lengths) > 1 and bool((lengths - 1).abs().max() < 1e-3)
 

@@ -46,14 +46,15 @@ def netadapt(
     so that `tune` must be deterministic; no proposal is evaluated twice.
 
     Errors: TargetMissed if no group can make the next step.
+    target: as in `plan`. evaluate: quality of a model, higher is better.
 
     Use: latency or multiply-adds under a strict budget, with some time. Avoid: hundreds of groups: each step evaluates
     all groups.
     """
     if not 0 < step < 1:
         raise RequestError(f"netadapt cannot use step={step:g}", "a fraction of the dense cost", "0 < step < 1")
-    asked = {"question": "netadapt", "tune": tune, "metric": evaluate}
-    with open_records(folder, lambda: space.identity.plus(asked)) as records:
+    question = {"question": "netadapt", "tune": tune, "metric": evaluate}
+    with open_records(folder, lambda: space.identity.plus(question)) as records:
         return _Descent(space, evaluate, tune, records).run(target, step, predict)
 
 

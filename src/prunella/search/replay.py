@@ -1,4 +1,4 @@
-"""Run a model again from the first call that a change of some weights can reach; earlier calls give what they gave."""
+"""Rerun a model from the first call that a change of some weights affects; earlier calls return recorded results."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 from prunella.model.trees import tensors
 
 MOST = 1_500_000_000
-"""Most bytes of results that all recordings of one search keep."""
+"""Most bytes of recorded results in one search."""
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of a pass. func: what was called. read: storages of its arguments.
+    """One call of a pass. func: the called function. read: storages of its arguments.
 
-    result: what it gave; None if it is computed again, since a later call changes it in place, or there is no memory.
+    result: the recorded result; None if it has to be recomputed: a later call changes it in place, or memory is short.
     """
 
     func: Any
@@ -30,7 +30,7 @@ class RecordedCall:
 
 @dataclass
 class Recording:
-    """The calls of one pass, in order. size: bytes of the results that are kept."""
+    """The calls of one pass, in order. size: bytes of the recorded results."""
 
     run: Callable[[], Any]
     calls: list[RecordedCall] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Recording:
 
     @classmethod
     def of(cls, run: Callable[[], Any], most: int = MOST) -> Recording:
-        """Record a pass. run: it, without arguments, in evaluation mode and without gradients."""
+        """Record a pass. run: the pass, without arguments, in evaluation mode and without gradients."""
         recorder = _Recorder(most)
         with recorder:
             output = run()
@@ -50,9 +50,9 @@ class Recording:
         return cls(run, calls, output, recorder.size)
 
     def again(self, changed: Iterable[Tensor]) -> Any:
-        """The output with these tensors changed in place: calls before the first that takes one are not run.
+        """The output with these tensors changed in place: calls before the first that reads one are not run.
 
-        The same calls run in the same order as before, until then.
+        Up to that call, the calls must come in the recorded order.
         """
         storages = {tensor.untyped_storage().data_ptr() for tensor in changed}
         first = next((k for k, call in enumerate(self.calls) if not storages.isdisjoint(call.read)), 0)
@@ -81,7 +81,7 @@ class _Recorder(TorchFunctionMode):
         return result
 
     def _keep(self, result: Any) -> Any:
-        """The result if it is tensors alone and fits."""
+        """The result if it consists of tensors and fits into the memory limit."""
         if not _plain(result):
             return None
         new = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in tensors(result)}
@@ -103,7 +103,7 @@ class _Replayer(TorchFunctionMode):
     ) -> Any:
         call = None if self._left is None else next(self._left, None)
         if call is None or call.func != func:
-            self._left = None  # the end of what was recorded, or the code runs another way than before
+            self._left = None  # the recording ends, or the code takes another path than before
             return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if call.result is None else call.result
 

@@ -76,6 +76,7 @@ def scan(
     evaluation. A journal of another model, recipe, data or evaluation is refused; see `prunella.io.identity`.
     on_point: called with the group (empty for the dense model), the fraction and the quality of each new point. base:
     the quality of the dense model, where it has been evaluated already.
+    Errors: RequestError for ratios out of range.
 
     Use: finding sensitive layers, and options for `knapsack`. Avoid: high reductions without another search: losses of
     several groups do not add up.

@@ -110,7 +110,7 @@ class Space:
 
     @cached_property
     def identity(self) -> Identity:
-        """All that decides the quality of a choice except the evaluation: model, recipe, data and groups."""
+        """Everything that determines the quality of a choice except the evaluation: model, recipe, data and groups."""
         groups = list(zip(self.names, self.sizes, strict=True))
         data = {"data": self.source.data, "loss": self.source.loss, "inputs": self.inputs}
         return identify({**model_parts(self.model), "recipe": self.recipe, **data, "groups": groups})
@@ -207,6 +207,7 @@ def space(
 
     Parameters and errors are those of `plan`. The model does not change. Units are structures, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have no choice to search.
+    Errors: RequestError for a granularity without a choice, NotSupported if nothing can be pruned.
     """
     model = with_plain_weights(model)
     searched = Channel | Head | Width | Expert | Element | Block

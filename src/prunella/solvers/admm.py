@@ -37,6 +37,7 @@ def admm(
 
     sparsity: in [0, 1), not used by `NM`. steps: at least 4; 20 is close to the end. damping: from 0 up, relative to
     the mean diagonal; it grows while the matrix is singular, and the result reports it.
+    Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
     Use: the best layer error for its time, for any pattern, N:M above all. Avoid: very wide layers in little memory.
     """
@@ -47,7 +48,7 @@ def admm(
             "the first steps raise the sparsity, the last ones fit the weights",
             "use steps=20",
         )
-    asked, gram = gram, or_identity(gram)
+    undamped, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
@@ -68,7 +69,7 @@ def admm(
         dual = dual + primal - sparse
         primal = (target + sparse - dual) @ inverse
     new_weight = ((primal + dual) * mask / norms).to(weight.dtype)
-    return Solved(new_weight, mask, relative_error(weight, new_weight, asked), used)
+    return Solved(new_weight, mask, relative_error(weight, new_weight, undamped), used)
 
 
 def _schedule_mask(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:

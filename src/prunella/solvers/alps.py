@@ -42,6 +42,7 @@ def alps(
 
     sparsity: in [0, 1), not used by `NM`. steps: upper limit, from 1; 30 to 100 are usual. damping: from 0 up,
     relative to the mean diagonal; it grows while the matrix is singular, and the result reports it.
+    Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
     Use: the last percent of error, N:M above all. Avoid: little time: `admm` has most of the gain in a fifth of the
     time.
@@ -50,7 +51,7 @@ def alps(
     if steps < 1:
         raise RequestError(f"steps={steps} is out of range", "at least one step is needed", "use steps=300")
     tiny = torch.finfo(torch.float64).tiny
-    asked, gram = gram, or_identity(gram)
+    undamped, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     damped = gram.double().clone()
     damped.diagonal().add_(used * gram.double().diagonal().mean().clamp_min(tiny))
@@ -58,7 +59,7 @@ def alps(
     goal, active_inputs = weight.double() * norms, gram.diagonal() > 0
     solution, mask = _alternate(goal, damped / torch.outer(norms, norms), active_inputs, pattern, sparsity, steps)
     result = refit(weight, gram, mask, start=solution / norms, damping=used)
-    return result if asked is gram else replace(result, error=relative_error(weight, result.weight, asked))
+    return result if undamped is gram else replace(result, error=relative_error(weight, result.weight, undamped))
 
 
 def _alternate(

@@ -71,8 +71,7 @@ def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampin
 
     model, plan: the model of the plan, which is not changed; masks and cuts both count. damping: above 0.
     Errors: RequestError for a layer of more than 4096 weights; CheckFailed if the Hessian is not positive definite,
-    which
-    is usual away from a minimum: raise damping.
+    which is usual away from a minimum: raise damping.
 
     Use: small networks, and as the oracle of the others. Avoid: layers of thousands of weights: `woodfisher`, `mfac`.
     """
@@ -177,7 +176,7 @@ def mfac(
 def _searched(
     model: nn.Module, plan: Plan, surgeon: Surgeon, about: dict[str, Any], source: Source, strength: float | None
 ) -> Plan:
-    """The plan with the surgeon's weights as far as held-out samples say, or as asked."""
+    """The plan with the surgeon's weights, by the given strength or the best one on held-out samples."""
     check_strength(strength)
     data = None if strength is not None else split_samples(source.data or ())
     source = source if data is None else replace(source, data=data.fit)

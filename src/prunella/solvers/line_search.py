@@ -1,4 +1,4 @@
-"""How far to go with an update of the weights: what the loss on held-out samples says, never further than it gains."""
+"""The strength of an update of the weights, by a line search on the loss of held-out samples."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def line_search(
 
 
 def scaled(model: nn.Module, plan: Plan, weights: Weights, factor: float) -> Plan:
-    """The plan with `w + factor (w' - w)` where something is kept, and zero where w' is."""
+    """The plan with `w + factor (w' - w)` at kept positions, and zero where w' is zero."""
     named = dict(model.named_parameters(remove_duplicate=False))
     changed = {}
     for entity, new in weights.items():

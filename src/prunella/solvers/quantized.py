@@ -85,6 +85,7 @@ def prune_and_quantize(
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
     sparsity, block, damping: as in `sparsegpt`. grid: bits and scales. The result has `codes` and `scale` as well.
+    pattern: as in `sparsegpt`.
 
     Use: sparse layers of 8 or 4 bits. Avoid: further training, which undoes the rounding.
     """

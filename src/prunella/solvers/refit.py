@@ -24,6 +24,7 @@ def refit(
 
     start: initial weights, by default `mask * W`. steps: at least 1; 10 to 20 reach most of the gain. damping: from 0
     up, relative to the mean diagonal; the result reports the damping used.
+    Errors: RequestError for shapes or numbers that do not fit.
 
     Use: after any mask, of any source. Avoid: few tokens with little damping, where it fits noise.
     """

@@ -32,13 +32,13 @@ def swap(
     `w_i^2 H_ii - 2 w_i (d H)_i + w_j^2 H_jj + 2 w_j (d H)_j - 2 w_i w_j H_ij`. In each step every row takes the i with
     the largest gain alone, then the best j for this i, if both together reduce the error; with `NM` the best pair
     within one group. With `Block` the exchange is between blocks of a row of blocks, by the same sum over their rows
-    with blocks of
-    `H`. Weights keep their values and rows (and groups) their counts, and the error never grows. DSnoT estimates the
-    same changes from means and variances of the inputs.
+    with blocks of `H`. Weights keep their values and rows (and groups) their counts, and the error never grows. DSnoT
+    estimates the same changes from means and variances of the inputs.
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
     sparsity: of the initial mask, in [0, 1), not used by `NM`. start: the initial mask, by default that of `wanda`.
     steps: largest number of exchanges per row, from 1. Errors: RequestError for a start that splits blocks.
+    pattern: of the mask.
 
     Use: before `refit`, or for weights that must not change. Avoid: cases where weights may change: `admm` has far less
     error.

@@ -39,7 +39,7 @@ class InputNorm:
         self.unread: dict[str, Unread] = {}
 
     def watch(self) -> AbstractContextManager[object]:
-        """ActivationWatch one forward pass."""
+        """Watch one forward pass."""
         return ActivationWatch(self._weights, self._add, self.unread)
 
     def add(self, grads: object) -> None:

@@ -77,7 +77,7 @@ def collect(
     unknown = next((name for name in needs if name not in STATISTICS), None)
     if unknown is not None:
         raise RequestError(
-            f"{asker} asks for `{unknown}`, which is no statistic", f"statistics are {', '.join(STATISTICS)}"
+            f"{asker} asks for `{unknown}`, which is not a statistic", f"statistics are {', '.join(STATISTICS)}"
         )
     statistics = {name: STATISTICS[name] for name in needs}
     computed = {name: entry.compute(subject) for name, entry in statistics.items() if entry.compute}
@@ -99,7 +99,7 @@ def collect(
             except Exception:  # whatever a user's loss raises
                 if batches or not losses_in_training_(subject.model, batch, source.loss):
                     raise
-                slots = new_slots()  # without what they saw of the failed pass
+                slots = new_slots()  # without statistics of the failed pass
                 _add(subject.model, batch, source, slots, weights, batches)
             batches += 1
     if not batches:

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon for units: which unit a group's readers miss least, if their other weights make up for it."""
+"""Optimal brain surgeon for units: eliminate the unit with the least loss after an update of its readers' weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prunella.stats.subject import Subject
 from prunella.types import Gram, Mask
 
 CHUNK = 12
-"""At most one in so many of the remaining units is removed before the costs are computed again."""
+"""At most one in `CHUNK` of the remaining units is removed before the costs are computed again."""
 
 
 class Quadratic(NamedTuple):
@@ -37,12 +37,12 @@ class Quadratic(NamedTuple):
 
     @property
     def seen(self) -> Tensor:
-        """The weight with the scales: what the rest of the model sees of the outputs."""
+        """The weight with the scales of the normalization that reads its outputs."""
         return self.weight if self.scale is None else self.weight * self.scale[:, None]
 
 
 class Removal(NamedTuple):
-    """order: units in the order of removal. losses: `(units,)`, relative, when a unit and all before are gone."""
+    """order: units in the order of removal. losses: `(units,)`, relative, without a unit and all units before it."""
 
     order: Tensor
     losses: Tensor
@@ -53,8 +53,8 @@ def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) 
 
     The loss of unit c is `sum_readers tr(W_c ([H^-1]_cc)^-1 W_c^T)` with `H = G + ridge * mean(diag G) I`; then `W -=
     W_c ([H^-1]_cc)^-1 [H^-1]_c:` and the inverse is downdated. `losses` are relative to `tr(W G W^T)` of the dense
-    weights, and add up in the order of removal: each is the relative squared error of the outputs when all units up to
-    this one are gone. O(in^3) for each reader.
+    weights, and add up in the order of removal: each is the relative squared error of the outputs without all units up
+    to this one. O(in^3) for each reader.
     """
     parts = [_Part.of(reader, units, ridge) for reader in readers]
     scale = sum(float((r.seen @ r.gram * r.seen).sum()) for r in readers) or 1.0
@@ -143,7 +143,7 @@ class _Part:
 
 
 def _damping(gram: Gram, ridge: float) -> float:
-    """Relative to the mean diagonal; 1 for a layer that never saw anything."""
+    """The ridge times the mean diagonal; 1 for a layer without inputs."""
     return ridge * float(gram.diagonal().mean()) or 1.0
 
 
@@ -151,13 +151,13 @@ def _damping(gram: Gram, ridge: float) -> float:
 
 
 FEW, TOKENS = 8192, 16
-"""Most tokens of one call, whatever the inputs, and for each input: neighboring pixels say much the same."""
+"""Most tokens taken from one call, in total and per input: neighboring pixels are similar."""
 
 
 def spread(tokens: int, inputs: int) -> Tensor | None:
-    """The tokens of one call to take; None for all.
+    """The tokens to take from one call; None for all.
 
-    Spread evenly by the golden ratio, so that no period (the width of an image) is met again and again.
+    They are spread by the golden ratio, so that no period, such as the width of an image, biases the choice.
     """
     most = max(FEW, TOKENS * inputs)
     if tokens <= most:
@@ -166,9 +166,9 @@ def spread(tokens: int, inputs: int) -> Tensor | None:
 
 
 def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
-    """The tokens of one call that count: no padding, and of many as many as estimate the matrix well; None for all.
+    """The tokens of one call that count: without padding, and a sample if there are many; None for all.
 
-    real: which tokens of the batch are no padding, one after the other.
+    real: which tokens of the batch are not padding, one after the other.
     """
     padded = real is not None and len(real) == read.tokens
     chosen = real.nonzero()[:, 0] if padded and real is not None else None
@@ -200,18 +200,18 @@ class Covariance:
 
     @property
     def gram(self) -> Gram:
-        """`X^T X`, of centered inputs if asked for."""
+        """`X^T X`, of centered inputs if requested."""
         return self.products - torch.outer(self.total, self.total) / self.tokens if self.centered else self.products
 
     @property
     def mean(self) -> Tensor:
-        """Of the inputs; zero if they are not centered."""
+        """The mean of the inputs; zero if they are not centered."""
         return self.origin + self.total / self.tokens if self.centered else torch.zeros_like(self.origin)
 
 
 @dataclass
 class ReaderOfUnits:
-    """A matrix that reads a group: how the model reads it, which matrix of the weight, and the statistics."""
+    """A matrix that reads a group: its read, its number in the weight, and its statistics."""
 
     name: str
     read: Read
@@ -219,7 +219,7 @@ class ReaderOfUnits:
     covariance: Covariance
 
     def quadratic(self, units: Tensor) -> Quadratic:
-        """With the units of all positions of the weight, -1 for those of no unit."""
+        """The quadratic problem. units: the unit of each position of the weight, -1 for none."""
         weight = self.read.matrices()[self.matrix].double().cpu()
         of_columns = self.read.matrices(units)[self.matrix][0].cpu()
         norm = self.read.norm
@@ -239,7 +239,7 @@ class Readers:
 
     @contextmanager
     def watch(self, real: Tensor | None = None) -> Iterator[None]:
-        """Watch one forward pass. real: which tokens are no padding, one after the other."""
+        """Watch one forward pass. real: which tokens are not padding, one after the other."""
         watch = Watch(self._weights.values(), lambda read: self._add(read, real))
         with watch:
             yield
@@ -290,14 +290,14 @@ class Readers:
 
 
 def _check_finite(name: str, gram: Gram) -> None:
-    """BadInput where a layer has read NaN or infinity, or values whose squares are too large."""
+    """Errors: BadInput if a layer has read NaN, infinity, or values with squares that overflow."""
     if not bool(gram.isfinite().all()):
         why = "NaN, infinity or values too large to be squared came out of the layers before it"
-        raise BadInput(f"what {name} reads is not finite", why, "check data= and the weights of the model")
+        raise BadInput(f"the inputs of {name} are not finite", why, "check data= and the weights of the model")
 
 
 class UnitLoss:
-    """`unit_loss`: the relative loss at which a unit goes, by `eliminate`, for each group with readers."""
+    """`unit_loss`: the relative loss at which a unit is eliminated, by `eliminate`, for each group with readers."""
 
     def __init__(self, subject: Subject, *, ridge: float = 1e-3) -> None:
         self._groups, self._ridge = [group for group in subject.groups if not group.paths], ridge
@@ -305,7 +305,7 @@ class UnitLoss:
         self._real: Tensor | None = None
 
     def begin(self, batch: Any) -> None:
-        """Told the batch before its pass: its `attention_mask` says what is padding, which counts nothing."""
+        """Receives the batch before its pass; padding by its `attention_mask` is ignored."""
         self._real = real_tokens(batch)
 
     def watch(self) -> AbstractContextManager[object]:

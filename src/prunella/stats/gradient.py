@@ -98,9 +98,8 @@ def gate_gradient(group: Group, weights: Mapping[str, Tensor], grads: Grads) -> 
 
     `dL/dz_u = sum over the weights that read u of w * dL/dw`. This is exact: a gate on the activation and the same
     factor on the columns that read the activation are one function. Without readers the sum is over the rows and the
-    bias that
-    produce the unit: a gate on the output of the producer. For a residual block it is over all parameters: a gate on
-    the weights.
+    bias that produce the unit: a gate on the output of the producer. For a residual block it is over all parameters: a
+    gate on the weights.
     """
     readers = [m for m in group.members if m.role == "in" and m.entity in weights]
     producers = [m for m in group.members if m.role in ("out", "bias") and m.entity in weights]

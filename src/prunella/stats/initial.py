@@ -49,8 +49,7 @@ class HessianGrad:
     """`hessian_grad`: `H g`, the Hessian of the loss times its gradient, by entity; both of the mean over batches.
 
     The output of the model is divided by `temperature` before the loss. `g` is complete only after the last batch, so
-    that
-    the graphs of all batches are kept: memory grows with the number of batches.
+    that the graphs of all batches are kept: memory grows with the number of batches.
     """
 
     twice = True

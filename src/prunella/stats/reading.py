@@ -66,7 +66,7 @@ class PerUnit:
         self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
-        """ActivationWatch one forward pass."""
+        """Watch one forward pass."""
         return self._sums.watch()
 
     def add(self, grads: object) -> None:
@@ -119,7 +119,7 @@ class InputVar:
         self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
-        """ActivationWatch one forward pass."""
+        """Watch one forward pass."""
         return self._sums.watch()
 
     def add(self, grads: object) -> None:

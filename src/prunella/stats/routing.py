@@ -40,23 +40,23 @@ class _Choices(TorchFunctionMode):
         self._pending: tuple[UnitCall, Any] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = called(func)
         if self.paused or name not in {"topk", "softmax"}:
-            return out
+            return result
         run = self._at.get(self.count[name]) if name == "topk" else None
         self.count[name] += 1
         if run is not None:
             self._settle()
-            self._pending = run, out
+            self._pending = run, result
             if (
                 run.group in self._soft
             ):  # softmax over all experts, then the choice: divide by the sum over the chosen experts
-                values = out[0].detach()
+                values = result[0].detach()
                 self._settle(values / values.sum(run.axis, keepdim=True))
-        elif name == "softmax" and self._pending is not None and out.shape == self._pending[1][0].shape:
-            self._settle(out.detach())  # the choice, then softmax over the chosen experts
-        return out
+        elif name == "softmax" and self._pending is not None and result.shape == self._pending[1][0].shape:
+            self._settle(result.detach())  # the choice, then softmax over the chosen experts
+        return result
 
     def begin(self) -> None:
         """Called when a run of the model begins."""

@@ -24,6 +24,7 @@ def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tenso
     """The activations of the `ceil(keep * neurons)` neurons with the largest scores for each token, the others zero.
 
     hidden, scores: `(..., neurons)`; the default scores are absolute activations. keep: in (0, 1]; 1 gives `hidden`.
+    Errors: RequestError for `keep` out of range.
     """
     if not 0 < keep <= 1:
         raise RequestError(f"keep={keep} is out of range", "it is a fraction of the neurons", "take keep in (0, 1]")
@@ -68,7 +69,7 @@ def contextual_(
     model = unwrap(model)
     producers = {path: producer for path, producer in neurons(couple(model, inputs)).items() if path}
     if not producers:
-        raise NotSupported("no neurons were found", "none stand between two linear layers that are modules", "")
+        raise NotSupported("there are no neurons", "none are between two linear layers that are modules", "")
     unknown = sorted(set(predictors or {}) - set(producers))
     if unknown:
         raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(producers)}", "")

@@ -67,6 +67,7 @@ def merge(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]
 
     `y_t = sum s_i x_i / sum s_i` over the target and its sources. x: `(batch, tokens, width)`. sizes: `(batch,
     tokens)`, the number of original tokens in each. A token without sources keeps its bits; with r = 0 all tokens do.
+    matching: from `bipartite_match`.
     """
     if not matching.r:
         return x, sizes
@@ -81,7 +82,10 @@ def merge(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]
 
 
 def unmerge(x: Tensor, matching: Matching) -> Tensor:
-    """All tokens, `(batch, tokens, width)`: a merged token gets the value of its target."""
+    """All tokens, `(batch, tokens, width)`: a merged token gets the value of its target.
+
+    x: the kept tokens. matching: of the merge.
+    """
     if not matching.r:
         return x
     order = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)

@@ -141,6 +141,6 @@ def _check(block: ModelBlock, call: BlockCall | None, graph: Graph, samples: int
         raise NotSupported(f"{block.path} does not take (batch, tokens, width)", why, "build it with batch_first=True")
     if any(tensor is not stream for tensor in tensors([list(call.args), call.kwargs])):
         why = "masks, positions and biases are made for all tokens, and would not fit fewer"
-        raise NotSupported(f"{block.path} takes another tensor beside its stream", why, "leave masks out, if you can")
+        raise NotSupported(f"{block.path} takes a further tensor", why, "leave masks out, if you can")
     if not block.runs_once:
-        raise NotSupported(f"{block.path} runs several times in a pass", "its tokens would go several times", "")
+        raise NotSupported(f"{block.path} runs several times in a pass", "its tokens would be merged several times", "")

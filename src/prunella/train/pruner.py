@@ -107,7 +107,7 @@ class Pruner:
         self._mask_state()
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Apply the masks after each step of `optimizer`, too."""
+        """Also apply the masks after each step of `optimizer`."""
         optimizer = bare_optimizer(optimizer)
         owned = set(unwrap(self.model).parameters())
         if not any(p in owned for group in optimizer.param_groups for p in group["params"]):
@@ -155,7 +155,7 @@ class Pruner:
         if fraction < self._fraction and self.nested:
             raise RequestError(
                 f"the schedule falls from {self._fraction:g} to {fraction:g} at step {self.taken}",
-                "with nested=True pruned weights stay pruned",
+                "with nested=True pruned weights are never restored",
                 "pass nested=False, so that weights come back",
             )
         if fraction == 0:

@@ -29,7 +29,7 @@ class SoftFilterPruner:
             train(model); pruner.step()
         small = shrink(model, pruner.finish())
 
-    Channels: only the rows that produce a unit are zeroed, `W_j = 0`. Bias, normalization and readers stay: a unit
+    Channels: only the rows that produce a unit are zeroed, `W_j = 0`. Bias, normalization and readers are kept: a unit
     with zeros on both sides would get no gradient and could never come back. Masks of weights: the weights are zeroed
     and no mask is kept. At the end `finish` plans once more and permanently zeroes everything that the plan removes;
     `shrink` is then exact. A zeroed unit whose bias or shift is not positive gets no gradient before a ReLU, and stays

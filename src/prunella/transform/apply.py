@@ -1,4 +1,4 @@
-"""Write a plan into a model in place; `model/masks.py` stores the masks beside the weights."""
+"""Write a plan into a model in place; `model/masks.py` stores the masks on its modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
-    """Zero in place everything that `plan` removes, store the masks, and return the model.
+    """Zero, in place, all weights that `plan` removes, store the masks, and return the model.
 
     First the values of `plan.weights` are copied into the model. Then masked weights become zero, as does every
     position on an axis of a parameter that `plan.cuts` does not keep. Buffers do not change, unless `plan.weights` has
@@ -88,7 +88,7 @@ def _parameter(named: Mapping[str, T], name: str, shape: torch.Size | None) -> T
     parameter = named.get(name)
     if parameter is None:
         raise RequestError(
-            f"the plan names {name!r}, which is no parameter of this model",
+            f"the plan names {name!r}, which is not a parameter of this model",
             "the plan was made for another model",
             "make a plan for this model",
         )

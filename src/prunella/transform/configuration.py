@@ -1,7 +1,7 @@
-"""What `save_pretrained` of a cut model writes: a configuration that describes it, or a refusal.
+"""`save_pretrained` of a cut model: it writes a configuration that describes the model, or refuses.
 
-Models of transformers write their configuration beside the weights, also where they are a part of another model (a
-wrapper of sentence-transformers or peft). After a cut the configuration in memory must be that of the smaller model.
+Models of transformers write their configuration with the weights, also as a part of another model (a wrapper of
+sentence-transformers or peft). After a cut the configuration in memory must be that of the smaller model.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _BEFORE = "_prunella_configuration"
 
 
 def follow_configuration_(small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
-    """Give every part of `small` that writes itself the configuration of what it is now, in place.
+    """Update, in place, the configuration of every part of `small` that has its own `save_pretrained`.
 
-    A part that no configuration describes refuses `save_pretrained` from now on, with what to call instead. inputs: the
+    A part that no configuration describes refuses `save_pretrained`, with advice on what to call instead. inputs: the
     example of the smaller model.
     """
     if any(parameter.is_meta for parameter in small.parameters()):
@@ -51,13 +51,13 @@ def follow_configuration_(small: nn.Module, dense: nn.Module, plan: Plan, inputs
 
 
 def configuration_before(model: nn.Module) -> Mapping[str, Any] | None:
-    """The configuration that a cut model had before the cut; None if it has it still."""
+    """The configuration of a cut model before the cut; None if the cut did not change it."""
     before: Mapping[str, Any] | None = vars(model).get(_BEFORE)
     return before
 
 
 def _writers(model: nn.Module) -> list[str]:
-    """The outermost parts that are written by their own class."""
+    """The outermost parts with their own `save_pretrained`."""
     paths: list[str] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") or not outer for outer in paths)
@@ -112,7 +112,7 @@ def _call_of(model: nn.Module, part: nn.Module, inputs: Inputs) -> dict[str, Any
 
 
 def _set(part: Any, model: nn.Module, entries: Mapping[str, Any], inputs: Any) -> bool:
-    """Write the entries into the configuration in memory; False, and nothing is written, if the model then differs."""
+    """Write the entries to the configuration in memory; False, without a change, if the model would then differ."""
     before = configuration(part)
     expected = _outputs(model, inputs)
     _assign(part.config, before, entries)
@@ -141,7 +141,7 @@ def _assign(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 
 def _refuse_to_write_(part: nn.Module) -> None:
-    """Replace `save_pretrained` of the part, and of what is in it, by a refusal."""
+    """Replace `save_pretrained` of the part, and of the modules in it, by a refusal."""
     for module in part.modules():
         if callable(getattr(type(module), WRITER, None)):
             setattr(module, WRITER, partial(_refuse, type(part).__name__))

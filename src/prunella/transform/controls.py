@@ -68,7 +68,10 @@ class Controls:
 
 
 def reinit_(model: nn.Module, seed: int, fresh: Fresh = reset_) -> nn.Module:
-    """Draw new weights from `seed` under the masks of the model. Masks and the caller's generators do not change."""
+    """Draw new weights from `seed` under the masks of the model. Masks and the caller's generators do not change.
+
+    fresh: gives a model new random weights in place.
+    """
     with seeded(seed):
         fresh(model)
     return reapply_(model)
@@ -88,7 +91,10 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
 
 def shuffle_masks_(model: nn.Module, seed: int) -> nn.Module:
-    """Permute the mask of every parameter. The number of kept weights and their values do not change."""
+    """Permute the mask of every parameter. The number of kept weights and their values do not change.
+
+    Errors: RequestError for a model without masks.
+    """
     masks: dict[nn.Parameter, Mask] = {}
     for name, parameter, packed in records(model):
         if parameter not in masks:
@@ -107,6 +113,7 @@ def shuffled_plan(plan: Plan, *, seed: int = 0) -> Plan:
 
     `m'_l = m_l[permutation]`, drawn for each layer from `seed` and its name. The density of each layer does not change.
     Patterns such as N:M or blocks are lost. seed: of the permutations.
+    Errors: RequestError for a plan without masks.
 
     Use: as the control of a mask: if training from the shuffled mask is as good, only the densities of the layers
     matter. Avoid: plans with cuts, which are refused.
@@ -127,6 +134,7 @@ def collapsed(subject: Plan | nn.Module) -> tuple[str, ...]:
     """Names of the empty layers, whose output no longer depends on their input.
 
     For a plan: rows that keep 0. For a model: weights of two or more axes with only zeros.
+    subject: a plan or a model.
 
     Use: after every plan beyond 90 %, or with `min_units=0`. Avoid: as the only check, since paths may end between
     layers that still have weights.

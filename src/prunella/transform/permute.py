@@ -62,12 +62,12 @@ def permute(
     Maximizes `sum |W|` over the positions that `NM(n, m)` keeps, of all layers that read a group, by greedy steps. In
     every round the stripes of M channels are paired at random. Each pair takes the best of all regroupings (35 for M =
     4; single swaps beyond), if it is better. This solves groups of two stripes of single columns exactly. The
-    permutation covers
-    everything coupled with the channels: producers' rows, biases, normalizations, readers' columns. Every group is
-    compared with the original in float64 on the example. A group that does not compute the same keeps its order, as do
-    heads, experts, blocks and tokens. Data: none. `model` does not change; plan on `Permuted.model`.
+    permutation covers all slices coupled with the channels: producers' rows, biases, normalizations, readers' columns.
+    Every group is compared with the original in float64 on the example. A group that does not compute the same keeps
+    its order, as do heads, experts, blocks and tokens. Data: none. `model` does not change; plan on `Permuted.model`.
     rounds: at least 1; the search stops when a round of all pairs finds no gain. seed: of the pairing. skip: as in
     `plan`.
+    Errors: RequestError for rounds below 1.
 
     Use: before N:M masks without retraining, at no cost at run time. Avoid: one-layer models and the layer that reads
     the input, whose columns cannot be permuted.

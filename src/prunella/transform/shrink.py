@@ -29,12 +29,12 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = N
     float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
     `inputs`), on another batch size and image or sequence length where the model accepts them, and tried once in
     training mode if the dense model runs in this mode on these inputs. Gradients are cut with their parameters;
-    `carry_` does the same for the state of an optimizer. A model of transformers has the configuration of what it is
-    now, so that its own `save_pretrained` writes what `from_pretrained` reads; where no configuration describes it,
+    `carry_` does the same for the state of an optimizer. The configuration of a transformers model is updated, so that
+    `from_pretrained` reads the result of its own `save_pretrained`; if no configuration describes the model,
     `save_pretrained` refuses, and `prunella.save` writes it.
 
-    Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run or if no
-    output can be compared, and `CheckFailed` if its outputs differ. A module that fails the check is never returned.
+    Errors: RequestError if the plan is not for this model, NotSupported if the smaller module does not run or if no
+    output can be compared, CheckFailed if its outputs differ. A module that fails the check is never returned.
 
     Example:
 

@@ -42,12 +42,12 @@ def test_dropped_is_bypassed(name: str) -> None:
     model = settle(make()).double()
     graph = couple(model, double(inputs))
     for stack in graph.stacks:
-        for gone in range(stack.size):
-            keep = {stack.name: torch.arange(stack.size) != gone}
+        for pruned in range(stack.size):
+            keep = {stack.name: torch.arange(stack.size) != pruned}
             small, done = copy.deepcopy(model), changes(counted(model, graph, double(inputs)), keep)
             change_(small, done)
             assert verify(model, small, done, double(inputs)).exact
-            expected = run(bypass(model, [stack.paths[gone]]), double(inputs))
+            expected = run(bypass(model, [stack.paths[pruned]]), double(inputs))
             assert distance(run(small, double(inputs)), expected) <= 1e-9
             assert distance(run(small, double(inputs)), run(model, double(inputs))) > 1e-6
             assert distinct(small) == graph.params(keep)
@@ -97,8 +97,8 @@ def test_what_counts_the_blocks_is_proven_by_a_run_and_what_does_not_stays() -> 
     small = pr.shrink(model, plan)
     assert plan.attributes == {("", "quantity"): 3}
     assert (small.quantity, small.unrelated, len(small.rates), len(small.xyz)) == (3, 4, 3, 3)
-    gone = int(plan.dropped["xyz"][0])
-    assert small.rates == [rate for k, rate in enumerate(model.rates) if k != gone]
+    pruned = int(plan.dropped["xyz"][0])
+    assert small.rates == [rate for k, rate in enumerate(model.rates) if k != pruned]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_widths_and_depth_at_once_are_exact() -> None:
     with torch.no_grad():
         for group in graph.groups:
             for m in group.members if group.name in keep else ():
-                gone = torch.from_numpy(m.index)[~keep[group.name][torch.from_numpy(m.unit)]]
-                shallow.get_parameter(m.entity).index_fill_(m.axis, gone, 0.0)
+                pruned = torch.from_numpy(m.index)[~keep[group.name][torch.from_numpy(m.unit)]]
+                shallow.get_parameter(m.entity).index_fill_(m.axis, pruned, 0.0)
     assert distance(run(small, double(TOKENS)), run(shallow, double(TOKENS))) <= 1e-9
     assert distinct(small) == graph.params(keep) and macs(small, double(TOKENS)) == graph.macs(keep)
 
@@ -255,11 +255,11 @@ def test_gradients_masks_and_optimizer_state_stay_with_their_weights() -> None:
     reapply_(model)
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     small = pr.shrink(model, plan)
-    gone = int(plan.dropped["xyz"][0])
-    old = [layer for k, layer in enumerate(model.xyz) if k != gone]
+    pruned = int(plan.dropped["xyz"][0])
+    old = [layer for k, layer in enumerate(model.xyz) if k != pruned]
     moments = [optimizer.state[layer.up.weight]["exp_avg"].clone() for layer in old]
     masks, after = pr.masks_of(model), pr.masks_of(small)
-    names = [k for k in range(4) if k != gone]
+    names = [k for k in range(4) if k != pruned]
     for new, (was, layer) in enumerate(zip(names, old, strict=True)):
         assert torch.equal(small.xyz[new].up.weight.grad, layer.up.weight.grad)
         assert torch.equal(after[f"xyz.{new}.up.weight"], masks[f"xyz.{was}.up.weight"])
@@ -279,7 +279,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
     assert distance(run(pr.shrink(model, again), TOKENS), run(pr.shrink(model, plan), TOKENS)) == 0
 
 
-def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
+def test_an_artifact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
     from prunella.errors import BadInput
     from prunella.io.json import Fields
     from prunella.io.recorded_cut import cut_as_recorded_
@@ -293,9 +293,9 @@ def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: An
     for wrong in ({"dropped": {"../xyz": ["0"]}}, {"dropped": {"xyz": ["7"]}}, {"dropped": {"xyz": 3}}):
         with pytest.raises((BadInput, RequestError)):
             cut_as_recorded_(Net(), Fields(wrong, "the manifest"))
-    for name, gone in (("__dict__", [0]), ("rates", [9]), ("xyz", [0])):
+    for name, pruned in (("__dict__", [0]), ("rates", [9]), ("xyz", [0])):
         with pytest.raises(BadInput, match="cannot be cut"):
-            cut_as_recorded_(Net(), Fields({"dropped": {"xyz": ["0"]}, "lists": [["", name, gone]]}, "the manifest"))
+            cut_as_recorded_(Net(), Fields({"dropped": {"xyz": ["0"]}, "lists": [["", name, pruned]]}, "the manifest"))
 
 
 def test_the_report_and_the_fit_follow_the_new_numbers() -> None:
@@ -303,17 +303,17 @@ def test_the_report_and_the_fit_follow_the_new_numbers() -> None:
     granularities = pr.Channel(pr.granularity.Reduce.MEAN), pr.Depth(pr.granularity.Reduce.MEAN)
     plan = pr.plan(model, TOKENS, pr.Recipe(pr.magnitude, granularities, pr.global_), target=pr.MACs(0.4))
     small = pr.shrink(model, plan)
-    gone = {int(name) for name in plan.dropped["xyz"]}
-    stays = [k for k in range(4) if k not in gone]
+    pruned = {int(name) for name in plan.dropped["xyz"]}
+    remaining = [k for k in range(4) if k not in pruned]
     lines = {line.name: line for line in pr.report(model, small, TOKENS, plan=plan, rounds=5).layers}
-    assert {name.split(".")[1] for name in lines if name.startswith("xyz")} == {str(k) for k in stays}
-    for new, k in enumerate(stays):
+    assert {name.split(".")[1] for name in lines if name.startswith("xyz")} == {str(k) for k in remaining}
+    for new, k in enumerate(remaining):
         assert lines[f"xyz.{k}.up"].shape_after == tuple(small.xyz[new].up.weight.shape)
     before = {name: p.detach().clone() for name, p in small.named_parameters()}
     fits = pr.reconstruct(small, model, [TOKENS], plan)
     changed = {name for name, p in small.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all(name.split(".")[2] in ("down", "attention") for name in changed)
-    assert {fit.name.split(".")[1] for fit in fits.fits} <= {str(k) for k in stays}
+    assert {fit.name.split(".")[1] for fit in fits.fits} <= {str(k) for k in remaining}
 
 
 def test_sizes_that_look_like_numbers_of_blocks_stay_sizes() -> None:

@@ -84,7 +84,7 @@ def test_a_block_that_runs_twice_stays_and_says_so() -> None:
 def test_a_block_whose_other_results_are_read_stays() -> None:
     graph = couple(Lender(), TOKENS)
     assert found(graph) == {"parts": ["1", "2", "3"]}
-    assert [(f.entity, "read elsewhere" in f.reason) for f in graph.rooted] == [("parts.0", True)]
+    assert [(f.entity, "read outside the block" in f.reason) for f in graph.rooted] == [("parts.0", True)]
 
 
 def test_a_block_without_parameters_is_none_of_ours() -> None:

@@ -83,10 +83,10 @@ def build(name: str) -> nn.Module:
     return settle(getattr(hf, kind)(getattr(hf, config)(**sizes)))
 
 
-def cut(model: nn.Module, inputs: Any, gone: Mapping[str, int]) -> nn.Module:
+def cut(model: nn.Module, inputs: Any, pruned: Mapping[str, int]) -> nn.Module:
     """A copy without one block of each of these stacks."""
     graph = counted(model, couple(model, inputs), inputs)
-    keep = {s.name: torch.arange(s.size) != gone[s.name] for s in graph.stacks if s.name in gone}
+    keep = {s.name: torch.arange(s.size) != pruned[s.name] for s in graph.stacks if s.name in pruned}
     small = copy.deepcopy(model)
     change_(small, changes(graph, keep))
     assert distinct(small) == graph.params(keep)
@@ -103,16 +103,16 @@ def test_layers_are_found_and_what_counts_them(name: str) -> None:
     lists = {place for places in graph.lists.values() for place in places}
     assert lists == ({(":config", "layer_types")} if name in ("gemma3", "qwen3") else set())
     assert [f.entity for f in graph.rooted] == (["encoder.block.0", "decoder.block.0"] if name == "t5" else [])
-    assert all("read elsewhere" in f.reason for f in graph.rooted)
+    assert all("read outside the block" in f.reason for f in graph.rooted)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_dropped_is_bypassed(name: str) -> None:
     model, inputs = build(name).double(), double(FAMILIES[name][3])
     graph = couple(model, inputs)
-    for gone in (0, 1):
-        small = cut(model, inputs, dict.fromkeys(STACKS[name], gone))
-        expected = run(bypass(model, [stack.paths[gone] for stack in graph.stacks]), inputs)
+    for pruned in (0, 1):
+        small = cut(model, inputs, dict.fromkeys(STACKS[name], pruned))
+        expected = run(bypass(model, [stack.paths[pruned] for stack in graph.stacks]), inputs)
         found = run(small, inputs)
         assert distance(found, expected) <= 1e-9
         assert distance(found, run(model, inputs)) > 1e-4

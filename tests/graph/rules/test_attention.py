@@ -105,26 +105,26 @@ class Narrow(nn.Module):
 
 def reference(model: nn.Module, plan: pr.Plan, x: Tensor) -> Tensor:
     """The dense model in float64 with zeros at all that goes, and norms of the kept positions of the stream."""
-    twin, graph = copy.deepcopy(model).double(), couple(model, x)
-    parameters = dict(twin.named_parameters())
+    replica, graph = copy.deepcopy(model).double(), couple(model, x)
+    parameters = dict(replica.named_parameters())
     stream = torch.ones(24, dtype=torch.bool)
     with torch.no_grad():
         for group in graph.groups:
             lost = ~plan.keep[group.name].numpy()
             for member in group.members:
-                gone = torch.from_numpy(member.index[lost[member.unit]])
-                parameters[member.entity].index_fill_(member.axis, gone, 0)
+                pruned = torch.from_numpy(member.index[lost[member.unit]])
+                parameters[member.entity].index_fill_(member.axis, pruned, 0)
                 if member.entity == "out.weight" and member.axis == 1:
-                    stream[gone] = False
-    for path, module in list(twin.named_modules()):
+                    stream[pruned] = False
+    for path, module in list(replica.named_modules()):
         if isinstance(module, nn.LayerNorm):
-            parent = twin.get_submodule(path.rpartition(".")[0])
+            parent = replica.get_submodule(path.rpartition(".")[0])
             setattr(parent, path.rpartition(".")[2], Narrow(module, stream.nonzero().flatten()))
     slow = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
-            found: Tensor = twin.eval()(x.double())
+            found: Tensor = replica.eval()(x.double())
     finally:
         torch.backends.mha.set_fastpath_enabled(slow)
     return found

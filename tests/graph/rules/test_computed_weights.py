@@ -286,7 +286,7 @@ def test_fake_quantization_follows_the_cut_by_row_and_by_tensor(backend: str, ob
 def test_ranges_without_a_size_are_named_and_the_model_is_left_as_it_was() -> None:
     model = aware("fbgemm", observe=True, ran=False)
     graph = couple(model, IMAGE)
-    assert frozen_because(graph, "0.weight", 0, "no buffers of its size before the model runs")
+    assert frozen_because(graph, "0.weight", 0, "not buffers of its size before the first run")
     assert model[0].weight_fake_quant.activation_post_process.min_val.numel() == 0
 
 

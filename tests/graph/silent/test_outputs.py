@@ -119,7 +119,7 @@ def test_what_a_frozen_object_keeps_is_an_output() -> None:
         gc.unfreeze()
         STORE.clear()
     assert {group.name for group in graph.groups} == {"b"}
-    assert {group.name for group in free.groups} == {"a", "b"}, "what nobody keeps is no output"
+    assert {group.name for group in free.groups} == {"a", "b"}, "what nobody keeps is not an output"
 
 
 def test_what_the_model_keeps_is_compared() -> None:

@@ -125,8 +125,8 @@ def test_a_typed_size_is_refused_where_it_stands_and_follows_in_a_program(case: 
     group = produced_by(checked.graph, "first")
     member = next(m for m in group.members if m.entity == "first.weight" and m.axis == 0)
     assert (group.size, len(member.index) // group.size) == (case.units, case.per_unit)
-    gone = int((~checked.keep[group.name]).sum())
-    assert checked.small.get_parameter("first.weight").shape == (case.wide - gone * case.per_unit, 8)
+    pruned = int((~checked.keep[group.name]).sum())
+    assert checked.small.get_parameter("first.weight").shape == (case.wide - pruned * case.per_unit, 8)
     assert checked.moved > 1e-6
 
 
@@ -177,8 +177,8 @@ def test_typed_groups_follow() -> None:
     assert frozen_because(couple(model, x), "first.weight", 0, "typed into the source")
     checked = check_exact(prunella.as_program(model, x), x)
     assert produced_by(checked.graph, "first").size == 4
-    gone = int((~checked.keep["first"]).sum())
-    assert checked.small.get_parameter("depth").shape[0] == 12 - 3 * gone
+    pruned = int((~checked.keep["first"]).sum())
+    assert checked.small.get_parameter("depth").shape[0] == 12 - 3 * pruned
 
 
 def test_what_has_no_rule_stays_in_a_program_too() -> None:

@@ -57,7 +57,7 @@ class Own(nn.Module):
 
 @dataclass
 class Config:
-    """A plain configuration, with a number that is no size."""
+    """A plain configuration, with a number that is not a size."""
 
     width: int = 24
     epochs: int = 24

@@ -162,7 +162,7 @@ def test_a_model_that_asks_for_values_before_its_blocks_is_refused(tmp_path: Pat
     transformers = pytest.importorskip("transformers")
     config = transformers.Llama4TextConfig(**{**KINDS["Mixtral"][1], "intermediate_size_mlp": 48, "head_dim": 8})
     transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "in")
-    with pytest.raises(NotSupported, match="surrounds the blocks"):
+    with pytest.raises(NotSupported, match="the modules around the blocks"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 

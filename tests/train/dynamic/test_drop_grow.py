@@ -149,10 +149,10 @@ def test_rigl_drops_the_smallest_and_grows_where_the_dense_gradient_is_largest()
     assert grad is not None
     loop.step()
     after = masks_of(model)["0.weight"]
-    gone, born = before & ~after, after & ~before
+    pruned, born = before & ~after, after & ~before
     k = round(0.4 / 2 * (1 + 2**-0.5) * int(before.sum()))
-    assert int(gone.sum()) == int(born.sum()) == k > 1
-    assert weight[gone].abs().max() <= weight[after & before].abs().min()
+    assert int(pruned.sum()) == int(born.sum()) == k > 1
+    assert weight[pruned].abs().max() <= weight[after & before].abs().min()
     assert grad[born].abs().min() >= grad[~before & ~after].abs().max()
 
 
@@ -224,11 +224,11 @@ def test_sparse_momentum_shares_by_the_mean_momentum_of_active_weights() -> None
     state = loop.state_dict()
     assert all(torch.allclose(state[f"gradient.{name}"], value) for name, value in average.items())
     part = loop.rule.fraction(2 / 1000)
-    gone = {name: round(part * int(mask.sum())) for name, mask in before.items()}
+    pruned = {name: round(part * int(mask.sum())) for name, mask in before.items()}
     means = [float(average[name].abs()[mask].double().mean()) for name, mask in before.items()]
-    rooms = [mask.numel() - int(mask.sum()) + gone[name] for name, mask in before.items()]
-    shares = fair_shares(sum(gone.values()), means, rooms)
-    found = [int(new.sum()) - int(before[name].sum()) + gone[name] for name, new in loop.masks().items()]
+    rooms = [mask.numel() - int(mask.sum()) + pruned[name] for name, mask in before.items()]
+    shares = fair_shares(sum(pruned.values()), means, rooms)
+    found = [int(new.sum()) - int(before[name].sum()) + pruned[name] for name, new in loop.masks().items()]
     assert found == shares
 
 

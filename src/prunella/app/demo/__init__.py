@@ -1,4 +1,4 @@
-"""Two jobs on real data for `run`, which does all the rest: prune, recover, check, measure, in about a minute."""
+"""Two jobs on real data for `run`, which prunes, recovers, checks and measures in about a minute."""
 
 from __future__ import annotations
 

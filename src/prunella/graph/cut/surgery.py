@@ -112,7 +112,7 @@ def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _describe(module: nn.Module) -> None:
-    """Update what a torch module keeps beside its weights: their sizes, and the list of all weights."""
+    """Update the sizes and the list of weights that a torch module stores in addition to its weights."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             hook(module, ())  # computes the weight, which is a plain attribute
@@ -149,7 +149,7 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
 
 
 def _attention_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Those of an attention module, which its forward does not read, from its projections."""
+    """Sizes that an attention module stores but its forward does not read, from its projections."""
     if isinstance(module, nn.MultiheadAttention):
         packed: Any = module.in_proj_weight
         for name in ("kdim", "vdim"):
@@ -159,7 +159,7 @@ def _attention_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _recurrent_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """Those of recurrent layers and cells, from the parameters of the first layer."""
+    """Sizes stored by recurrent layers and cells, from the parameters of the first layer."""
     if isinstance(module, nn.RNNBase):
         first = {name: getattr(module, f"weight_{name}_l0", None) for name in ("ih", "hh", "hr")}
     elif isinstance(module, nn.RNNCellBase):

@@ -74,7 +74,7 @@ def capture(model: nn.Module, example: Any) -> tuple[Any, bool]:
                 if _batch_free(program, model, example):
                     return program, True
             except NotSupported:
-                pass  # the model fixes its sizes
+                pass  # the model has fixed sizes
     return _capture(model, example, None), False
 
 

@@ -73,7 +73,7 @@ def module_of(exported: ExportedProgram) -> nn.Module:
 
 
 def _as_before(copied: nn.Module, *, transient: frozenset[str]) -> None:
-    """Restore what a copy of a graph module loses: which buffers are not in the state dict, and the flags."""
+    """Restore what copying a graph module loses: its flags, and which buffers are not in the state dict."""
     for name in transient:
         path, _, key = name.rpartition(".")
         copied.get_submodule(path)._non_persistent_buffers_set.add(key)
@@ -84,7 +84,7 @@ def free_sizes_(program: nn.Module) -> None:
     """Turn literal sizes into attributes, in place, and drop type checks, which would forbid another precision."""
     for module in program.modules():
         if isinstance(module, fx.GraphModule):
-            module.graph.eliminate_dead_code()  # what nothing reads must not keep what it is computed from
+            module.graph.eliminate_dead_code()  # unread nodes would keep their arguments alive
             for node in list(module.graph.nodes):
                 if node.target is torch.ops.aten._assert_tensor_metadata.default:
                     module.graph.erase_node(node)
@@ -123,7 +123,9 @@ def _attribute(module: fx.GraphModule, node: fx.Node, name: str, value: int) -> 
         name += "_"
     setattr(module, name, value)
     with module.graph.inserting_before(node):
-        read = module.graph.create_node("get_attr", name)  # `graph.get_attr` warns about attributes that are no tensors
+        read = module.graph.create_node(
+            "get_attr", name
+        )  # `graph.get_attr` warns about attributes that are not tensors
     return read
 
 

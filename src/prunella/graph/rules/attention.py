@@ -1,9 +1,9 @@
 """`nn.MultiheadAttention`: one rule for the whole call, with packed or separate projections.
 
 A unit is one head: its rows of the three projections, with their biases, and its columns of the output projection. The
-class computes as many positions as its query has, so that a head can go only where the query loses as many positions
-as a head has: `prunella.graph.solve.joined` joins both. The positions inside a head stay, since the scores are divided
-by the root of their number.
+class computes as many features as its query has. A head can therefore be removed only together with as many features
+of the query as the head has: `prunella.graph.solve.joined` joins both. The features inside a head are kept, since the
+scores are divided by the square root of their number.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from prunella.graph.trace.tracked_int import Shape
 from prunella.graph.work import Term
 
 _PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
-_QUERY = "nn.MultiheadAttention computes as many positions as its query has, and its heads alone cannot go"
+_QUERY = "nn.MultiheadAttention computes as many features as its query has, so its heads cannot be removed alone"
 _MEETS = "it enters an attention whose weight is not cut"
 
 
 @dataclass(frozen=True)
 class _Inner:
-    """The labels of the computed positions, and those of the heads that they form."""
+    """The labels of the projected features, and those of the heads that they form."""
 
     dim: Dim
     heads: Dim
@@ -61,12 +61,12 @@ def multi_head_attention(trace: Trace, name: str, args: Sequence[Any], result: A
 
 
 def _new_heads(trace: Trace, call: Mapping[str, Any]) -> _Inner:
-    """Labels for the computed positions, whose number is that of the query in the source of the class."""
+    """Labels for the projected features; in the source of the class their number is that of the query."""
     query, heads = call["query"], int(call["num_heads"])
     size, width = int(query.shape[-1]), trace.value(query).dims[-1]
     dim = trace.ledger.fresh(size)
     rows, inside = trace.ledger.split(dim, [heads, size // heads])
-    trace.freeze(inside, "the scores of a head are divided by the root of its size")
+    trace.freeze(inside, "the scores of a head are divided by the square root of its size")
     trace.ledger.batched += rows
     if width:
         shape = Shape(trace.ledger.single(width), size)
@@ -80,7 +80,7 @@ def _new_heads(trace: Trace, call: Mapping[str, Any]) -> _Inner:
 
 
 def _positions(trace: Trace, call: Mapping[str, Any], inner: _Inner) -> Dim:
-    """Freeze the positions in time, which are compared, and the masks. Returns the labels of the batch."""
+    """Freeze the sequence positions, which the scores compare, and the masks. Returns the labels of the batch."""
     batch = WHOLE
     for number, key in enumerate(("query", "key", "value")):
         dims = trace.value(call[key]).dims
@@ -96,7 +96,7 @@ def _positions(trace: Trace, call: Mapping[str, Any], inner: _Inner) -> Dim:
 
 
 def _projections(trace: Trace, call: Mapping[str, Any], inner: _Inner) -> None:
-    """Rows of the projections in, and columns of the projection out, are the computed positions."""
+    """Couple rows of the input projections and columns of the output projection to the projected features."""
     if call["use_separate_proj_weight"]:
         entering = {key: call[f"{key[0]}_proj_weight"] for key in ("query", "key", "value")}
     else:
@@ -122,7 +122,7 @@ def _roles(trace: Trace, value: TracedValue) -> None:
 
 
 def _count(trace: Trace, name: str, call: Mapping[str, Any], inner: _Inner) -> None:
-    """Every position of a query, a key and a value meets its projection, and every query meets every key and value."""
+    """Count the projections of queries, keys and values, and the products of every query with every key and value."""
     for key, weight, entity, bias in _entering(trace, call, inner):
         x = call[key]
         trace.use = _use(trace, entity, bias)
@@ -140,7 +140,7 @@ def _count(trace: Trace, name: str, call: Mapping[str, Any], inner: _Inner) -> N
 def _entering(
     trace: Trace, call: Mapping[str, Any], inner: _Inner
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """Input -> its weight, the parameter of which this is a part, and the bias."""
+    """Input, its weight, the parameter that contains this weight, and the bias."""
     bias = call["in_proj_bias"]
     if call["use_separate_proj_weight"]:
         yield from ((key, w, w, bias) for key in ("query", "key", "value") for w in (call[f"{key[0]}_proj_weight"],))
@@ -167,7 +167,7 @@ def _use(trace: Trace, weight: Tensor, bias: Tensor | None) -> Use | None:
 
 
 def _give_weights(trace: Trace, weights: Tensor, batch: Sequence[Dim], inner: _Inner, *, mean: bool) -> None:
-    """The weights of each head, or their mean over the heads, which freezes them if anything reads it."""
+    """Record the attention weights of each head, or their mean over the heads; a read of the mean freezes the heads."""
     trace.values[weights] = TracedValue.plain([*batch, *([] if mean else [inner.heads]), WHOLE, WHOLE])
     if mean:
         trace.averages[weights] = inner.dim

@@ -60,7 +60,7 @@ def embedding(trace: Trace, ctx: Context) -> Returned:
 
 @rule("_embedding_bag", "_embedding_bag_forward_only")
 def embedding_bag(trace: Trace, ctx: Context) -> Returned:
-    """Sums, means or maxima of rows of a table: the rows are frozen, each column is computed by itself."""
+    """Sums, means or maxima of rows of a table: the rows are frozen, the columns are independent."""
     table = ctx.value(0)
     trace.freeze(table.dims[0], "its rows are looked up by number")
     trace.role(table.axes[1], "out")

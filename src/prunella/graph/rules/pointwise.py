@@ -42,7 +42,7 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
 
 
 def _stays_zero(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> bool:
-    """Whether removed positions, which hold zeros in the operands of full shape, hold zeros in the result."""
+    """Whether zeros at removed positions of the full-shape operands give zeros in the result."""
     zeroed = [trace.value(t).zeroed and t.shape == ctx.outputs[0].shape for t in operands]
     if ctx.name == "pow":
         return bool(zeroed) and zeroed[0] and isinstance(ctx.args[1], int | float) and ctx.args[1] > 0
@@ -82,7 +82,7 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
       "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "fake_quantize_per_channel_affine_cachemask",
       "_fake_quantize_learnable_per_tensor_affine", "_fake_quantize_learnable_per_channel_affine")  # fmt: skip
 def fake_quantization(trace: Trace, ctx: Context) -> Returned:
-    """The same positions, rounded; zeros stay. Ranges and scales of single positions are coupled to them."""
+    """The same positions, rounded; zeros remain zeros. Ranges and scales per position are coupled to the positions."""
     value = ctx.value(0)
     by_position = "per_channel" in ctx.name or (ctx.name == "_fused_moving_avg_obs_fq_helper" and ctx.args[11])
     if by_position:
@@ -94,7 +94,7 @@ def fake_quantization(trace: Trace, ctx: Context) -> Returned:
     return [value] * len(ctx.outputs)
 
 
-_UNSIZED = "the ranges of its quantization are no buffers of its size before the model runs"
+_UNSIZED = "the ranges of its quantization are not buffers of its size before the first run"
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive")

@@ -12,7 +12,7 @@ from prunella.graph.trace.recorder import Trace, TracedValue, Use
 
 
 def _contract(trace: Trace, ctx: Context, a: TracedValue, b: TracedValue, i: int, j: int) -> None:
-    """Sum over dim `i` of `a` and dim `j` of `b`: exact only if removing a position removes its term."""
+    """Sum over dim `i` of `a` and dim `j` of `b`: a cut is exact only if it removes the position's term."""
     trace.equal(a.dims[i], b.dims[j], f"it is multiplied with a tensor that is not cut in {ctx.name}")
     if not (a.weight or b.weight):
         trace.freeze(a.dims[i], "two activations are multiplied and summed over it")
@@ -81,7 +81,7 @@ def _stack(value: TracedValue) -> bool:
 
 @rule("_grouped_mm", "transformers.grouped_mm_fallback")
 def grouped_mm(trace: Trace, ctx: Context) -> Returned:
-    """`(tokens, k)` by the matrix `(k, n)` of each token's expert, from `(experts, k, n)`; rows fill 16 bytes."""
+    """`(tokens, k)` by the matrix `(k, n)` of each token's expert, from `(experts, k, n)`; rows align to 16 bytes."""
     a, b = ctx.value(0), ctx.value(1)
     if len(a.dims) != 2 or len(b.dims) != 3:
         return barrier(trace, ctx)
@@ -154,7 +154,7 @@ def _pointwise(ctx: Context, axis: int) -> bool:
 
 
 def _grouped(trace: Trace, channels: Dim, w: TracedValue, shape: Sequence[int], groups: int, transposed: bool) -> Dim:
-    """Channels factor into `(groups, channels of a group)` on both sides; the groups are shared."""
+    """Channels factor into `(groups, channels per group)` on both sides; both sides share the groups."""
     inner = shape[0] // groups if transposed else shape[1]
     rows, columns = trace.ledger.split(channels, [groups, inner])
     if transposed:

@@ -28,7 +28,7 @@ _CELL = ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh")
 
 @dataclass(frozen=True)
 class _Units:
-    """Labels of the hidden units, and of what a layer gives to its next step: the same, or a projection of them."""
+    """Labels of the hidden units, and of the layer's output at each step: the same units, or their projection."""
 
     hidden: Dim
     given: Dim
@@ -112,7 +112,7 @@ def _new_units(trace: Trace, weights: _Weights, gates: int) -> _Units:
 
 
 def _relate(trace: Trace, weights: _Weights, features: Dim, units: _Units) -> None:
-    """Rows of every gate are hidden units; columns are what enters, and what the step before has given."""
+    """Rows of every gate are hidden units; columns are the input features and the outputs of the previous step."""
     entering, repeated = trace.value(weights.entering), trace.value(weights.repeated)
     rows = merge([WHOLE, units.hidden], [units.gates, int(weights.repeated.shape[0]) // units.gates])
     for value in (entering, repeated):
@@ -142,7 +142,7 @@ def _stepped(trace: Trace, x: Tensor, time: int, batch: int | None) -> Dim:
 
 
 def _started(trace: Trace, states: Any, units: _Units, samples: Dim, batch: int) -> Dim:
-    """Relate the states of the start, each `(layers, batch, units)`, or `(batch, units)` of a cell."""
+    """Relate the initial states, each `(layers, batch, units)`, or `(batch, units)` of a cell."""
     for state, dim in zip(tensors_in([states]), (units.given, units.hidden), strict=False):
         value = trace.value(state)
         trace.equal(dim, value.dims[-1], "a recurrent layer starts from a state that is not cut")
@@ -169,7 +169,7 @@ def _use(trace: Trace, matrix: Tensor, bias: Tensor | None) -> Use | None:
 
 
 def _give(trace: Trace, result: Any, dims: Sequence[Sequence[Dim]]) -> None:
-    """Record the labels of what the call returns."""
+    """Record the labels of the returned tensors."""
     for tensor, labels in zip(tensors_in([result]), dims, strict=False):
         if tensor.dim() != len(labels):
             raise ValueError(f"{tensor.dim()} axes in place of {len(labels)}")

@@ -17,7 +17,7 @@ _AFFINE: tuple[Role, ...] = ("scale", "shift")
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
       "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm")  # fmt: skip
 def batch_norm(trace: Trace, ctx: Context) -> Returned:
-    """Each channel separately, coupled to its scale, shift and statistics."""
+    """Channels are independent; each is coupled to its scale, shift and statistics."""
     x = ctx.value(0)
     at = min(1, len(x.dims) - 1)
     if not isinstance(ctx.args[3], Tensor) or any(flag is True for flag in ctx.args[5:6]):
@@ -157,7 +157,7 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
         text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} is taken over it"
         if alone and value.dims[k]:
             trace.along(ctx.args[0], k, "norm", text)
-            if "std" in ctx.name or "var" in ctx.name:  # of one position there is no deviation
+            if "std" in ctx.name or "var" in ctx.name:  # a single position has no deviation
                 trace.ledger.min_units += [(layer, 2) for layer in value.dims[k]]
         else:
             trace.freeze(value.dims[k], text)
@@ -175,7 +175,7 @@ def _is_statistic(trace: Trace, ctx: Context) -> bool:
 
 
 def _zeros_add_nothing(ctx: Context) -> bool:
-    """Whether the result is the same without the zeros: of a sum, and of a norm of a positive order."""
+    """Whether zeros do not change the result: true of a sum, and of a norm of positive order."""
     order = 2 if len(ctx.args) < 2 or ctx.args[1] is None else ctx.args[1]
     return ctx.name == "sum" or (ctx.name in _NORMS and isinstance(order, int | float) and order > 0)
 

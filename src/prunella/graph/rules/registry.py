@@ -124,7 +124,7 @@ def same(value: TracedValue) -> TracedValue:
 
 @rule("_barrier")
 def barrier(trace: Trace, ctx: Context) -> Returned:
-    """Freeze all axes of the inputs. What it computes from weights alone is a weight, frozen for the same reason."""
+    """Freeze all axes of the inputs. A result computed from weights alone is a weight, frozen for the same reason."""
     call = trace.call().name
     text = f"the operation {ctx.name}{f' in {call}' if call in OPAQUE else ''} has no rule"
     of_complex = any(tensor.is_complex() for tensor in (*tensors_in(ctx.args), *ctx.outputs))

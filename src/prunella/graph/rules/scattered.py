@@ -1,7 +1,7 @@
 """Sums of rows by number, sparse products, Fourier transforms: one axis is mixed, the others pass.
 
-Message passing in graphs sums the features of the neighbors of a node. Nodes are numbered and stay; each feature is
-summed by itself.
+Message passing in graphs sums the features of the neighbors of a node. Nodes are addressed by number and are kept; each
+feature is summed independently.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def unbind(trace: Trace, ctx: Context) -> Returned:
 
 @rule("split", "split_with_sizes", "chunk")
 def split(trace: Trace, ctx: Context) -> Returned:
-    """Equal slices lose the same positions; unequal slices follow the sizes that the source computes."""
+    """Equal slices lose the same positions; the sizes of unequal slices follow the source."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     at = ctx.dim(2, ndim)
     dim, sizes = value.dims[at], [int(t.shape[at]) for t in ctx.outputs]
@@ -155,7 +155,7 @@ def _equal_slices(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         trace.freeze(columns, f"{trace.call().name} hides where its sizes come from", ReasonKind.SOURCE)
     for size in raw:
         trace.link(size, columns, sizes[0])
-    trace.ledger.freeze(rows, Reason("every piece of a split stays"))
+    trace.ledger.freeze(rows, Reason("every piece of a split is kept"))
     return [columns if sizes[0] > 1 else WHOLE] * len(sizes)
 
 
@@ -240,7 +240,7 @@ def glu(trace: Trace, ctx: Context) -> Returned:
     value, shape = ctx.value(0), ctx.shape(0)
     at = ctx.dim(1, len(shape), -1)
     rows, columns = trace.ledger.split(value.dims[at], [2, shape[at] // 2])
-    trace.freeze(rows, "both halves of a gated unit stay")
+    trace.freeze(rows, "both halves of a gated unit are kept")
     return TracedValue.plain([columns if k == at else d for k, d in enumerate(value.dims)])
 
 
@@ -250,7 +250,7 @@ def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
     value, channels, groups = ctx.value(0), ctx.shape(0)[1], int(ctx.args[1])
     sizes = [groups, channels // groups]
     rows, columns = trace.ledger.split(value.dims[1], sizes)
-    trace.freeze(rows, "the number of groups of a channel shuffle stays")
+    trace.freeze(rows, "the number of groups of a channel shuffle is kept")
     return TracedValue.plain([value.dims[0], merge([columns, WHOLE], sizes[::-1]), *value.dims[2:]])
 
 

@@ -121,7 +121,7 @@ def _requested(raw: object) -> Dim:
 
 
 def _follows(trace: Trace, raw: object, size: int) -> Dim:
-    """An axis of equal positions whose size the source computes from sizes that may change."""
+    """An axis of identical positions, with a size that the source computes from sizes that may change."""
     if not isinstance(raw, Tracked) or not any(isinstance(leaf, Attr) for leaf in leaves(raw.expression)):
         return WHOLE
     dim = trace.ledger.fresh(size)

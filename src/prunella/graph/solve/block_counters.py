@@ -111,7 +111,7 @@ def _proven(
 
 
 def _changed(old: Any, ints: Iterable[str], lists: Iterable[str], count: int, removed: int) -> Any:
-    """The configuration with one block less in these attributes; None if the configuration refuses the change."""
+    """The configuration with one block fewer in these attributes; None if the configuration refuses the change."""
     changed = copy.deepcopy(old)
     try:
         for name in ints:
@@ -137,7 +137,7 @@ def _built(module: nn.Module, config: Any) -> nn.Module | None:
             build: Any = type(module)
             module_built = build(copy.deepcopy(config))
         return module_built if isinstance(module_built, nn.Module) else None
-    except Exception:  # a probe: any error means that this does not build the module
+    except Exception:  # a probe: on any error the configuration does not build the module
         return None
 
 

@@ -64,7 +64,7 @@ class Equations:
         return kinds
 
     def refuse(self) -> None:
-        """Freeze components whose soft reasons form no kind of unit: a choice without a route, a norm of experts."""
+        """Freeze components whose soft reasons form no kind of unit, such as a choice without a route."""
         reasons = self._reasons()
         wrong = (reasons > 0) & ~np.isin(reasons, list(_KINDS))
         for atoms, reason in list(self.ledger.frozen):
@@ -127,7 +127,7 @@ class Equations:
         return changed
 
     def _normed(self, node: And) -> list[Ints]:
-        """The only factor that nothing but norms freeze, if there is one: it may lose positions of a width."""
+        """The single factor that only norms freeze, if there is one: it may lose positions of a width."""
         factors = [f for f in node.factors if not self.hard[self.part[f]].any()]
         return factors if len(factors) == 1 else []
 
@@ -143,7 +143,9 @@ class Equations:
             )
             for factor in live:
                 if factor is not best:
-                    self.freeze(factor, Reason("the other axis of the same view is the one that can go"))
+                    self.freeze(
+                        factor, Reason("the same view factors into another axis, which is the one that can be pruned")
+                    )
 
     def _apart(self, nodes: list[And]) -> Iterator[And]:
         """The first node, and each later node without a shared component with earlier ones."""
@@ -169,8 +171,8 @@ class Equations:
     def reason(self, atoms: Ints) -> Reason:
         """Why these atoms are frozen: the first reason of their components; hard reasons come before soft ones.
 
-        A reason of the first example that freezes all of them comes first; then one of a further example, for
-        which those of the first one may freeze a part only.
+        A reason of the first example that freezes all of them comes first. A reason of a further example comes next,
+        because those of the first example may freeze only a part.
         """
         components = np.zeros_like(self.fixed)
         components[self.part[atoms]] = True
@@ -181,4 +183,4 @@ class Equations:
             alone = (reason for parts, reason in hard if not reason.example and np.isin(self.part[atoms], parts).all())
             further = (reason for _, reason in hard if reason.example and not reason.soft)
             return next(alone, None) or next(further, hard[0][1])
-        return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
+        return Reason("it meets a tensor that is always kept" if components[self.part[0]] else "it is always kept")

@@ -82,7 +82,7 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
 
 
 def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
-    """The model's own error, or that it runs, but not while it is observed."""
+    """The model's own error; or NotSupported, if the model runs only while it is not observed."""
     why = one_line(error)
     try:
         with untouched(model), torch.no_grad():
@@ -223,7 +223,7 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
 def _kept_parameters(
     equations: Equations, record: Trace, groups: Iterable[Group], axes: Iterable[Frozen]
 ) -> Iterator[Frozen]:
-    """The other parameters of which nothing can go, one axis each."""
+    """The remaining parameters without a removable position, one axis each."""
     named = {member.entity for group in groups for member in group.members} | {entry.entity for entry in axes}
     for name in record.tensors:
         if name in record.parameters and name not in named:
@@ -351,13 +351,13 @@ def _entity(record: Trace, name: str) -> Entity:
     used = name in record.axes
     shape = tuple(int(n) for n in tensor.shape)
     parameter = name in record.parameters
-    trained = tensor.requires_grad or not _plain(tensor)  # of quantized weights nothing can be said
+    trained = tensor.requires_grad or not _plain(tensor)  # whether quantized weights train is unknown
     itemsize = 0 if name in record.constants else tensor.element_size()
     return Entity(name, record.names[name], shape, itemsize, parameter, used, trained)
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether torch itself reads a tensor, and not only the library of its subclass."""
+    """Whether torch itself can read the tensor; some subclasses need their own library."""
     return type(tensor.data) is Tensor
 
 

@@ -1,8 +1,8 @@
-"""Groups that a size in the source allows to lose units together only, such as heads and the stream that they read.
+"""Groups that can lose units only together because of a size in the source, such as heads and the stream they read.
 
-In `x.view(b, n, heads, width // heads)` neither a head nor a position of the stream can go alone: the quotient would
-be another. The quotient stays if both lose the same share. Then a block of positions of the stream goes with one unit
-of each group that depends on it: block `k` with block `k`, since any pairing gives the same sizes.
+In `x.view(b, n, heads, width // heads)` neither a head nor a position of the stream can be removed alone: the quotient
+would change. It does not change if both lose the same fraction. One unit of each dependent group is then removed
+together with a block of positions of the stream: unit `k` with block `k`, since any pairing gives the same sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prunella.graph.trace.recorder import Link, Trace
 from prunella.graph.trace.tracked_int import Shape, leaves
 
 Wrong = Callable[[Mark], Link | None]
-"""The first size in the source that is wrong without these components."""
+"""The first size in the source that is wrong after the removal of these components."""
 Trials = Callable[[int], list[set[int]]]
 
 
@@ -33,9 +33,10 @@ def joined(
     trials: Trials,
     dims_of: Callable[[Link], Iterable[Dim]],
 ) -> bool:
-    """Join `group` with the groups that its sizes depend on, if the source follows them together; whether it did.
+    """Join `group` with the groups that its sizes depend on, if the source then follows the cut; True if joined.
 
-    wrong: what does not follow a removal. trials: the removals to try. dims_of: all axes that a link depends on.
+    wrong: gives the first size that does not follow a removal. trials: the removals to try. dims_of: all axes that a
+    link depends on.
     """
     members, known = [group], {group.name}
     while True:
@@ -72,7 +73,7 @@ def _fault(
     wrong: Wrong,
     trials: Trials,
 ) -> Link | None:
-    """What does not follow if all members lose the same blocks of units."""
+    """The first size that does not follow if all members lose the same blocks of units."""
     for lost in trials(count):
         removed = np.zeros_like(equations.fixed)
         for (positions, units), member in zip(atoms, members, strict=True):

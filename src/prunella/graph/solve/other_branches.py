@@ -12,7 +12,7 @@ from prunella.graph.trace.tracked_int import Attr, Expression, Shape, SizeCompar
 
 
 def hints(record: Trace) -> Hints:
-    """All that a run tells of other branches."""
+    """All hints of a run about other branches."""
     known = record.known_sizes
     return Hints(
         tuple(turns(record)),
@@ -27,7 +27,7 @@ def hints(record: Trace) -> Hints:
 
 
 def turns(record: Trace) -> Iterator[tuple[int, int]]:
-    """A size of the inputs that decides a branch in the source, and the nearest at which the branch is another one.
+    """A size of the inputs that decides a branch in the source, and the nearest size with the other branch.
 
     A comparison of several sizes, such as `height * width > 1000` or `x.numel() > 5000`, is tried with all of them
     multiplied: by their common divisor and its multiple.
@@ -47,9 +47,9 @@ def turns(record: Trace) -> Iterator[tuple[int, int]]:
 
 
 def _alone(record: Trace) -> Iterator[tuple[int, int, int]]:
-    """An axis of the inputs, its size, and the nearest other size that turns a comparison with another axis.
+    """An axis of the inputs, its size, and the nearest other size that changes a comparison with another axis.
 
-    `height > width` and `len(x) != x.shape[1]` do not turn while their sizes grow together.
+    `height > width` and `len(x) != x.shape[1]` do not change while their sizes grow together.
     """
     found = dict[tuple[int, int, int], None]()
     for choice, given in _choices(record):
@@ -75,7 +75,7 @@ def _choices(record: Trace) -> Iterator[tuple[SizeComparison, list[Shape]]]:
 
 
 def _derived(record: Trace) -> bool:
-    """Whether a comparison is of sizes of computed tensors, of which only a run tells how they follow the inputs."""
+    """Whether a comparison reads sizes of computed tensors; only a run shows how they depend on the inputs."""
     return any(leaf.axis < 0 for _, given in _choices(record) for leaf in given)
 
 
@@ -83,7 +83,7 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
-    """Sizes to try, the nearest first: those beside the numbers of the comparison, small ones, and multiples."""
+    """Sizes to try, the nearest first: neighbors of the numbers in the comparison, small ones, and multiples."""
     ends = [number for side in (choice.left, choice.right) for number in _number(side)]
     ends += [leaf.value for leaf in leaves(choice) if isinstance(leaf, Shape)]
     near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1}
@@ -92,7 +92,7 @@ def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
 
 
 def _number(side: Expression) -> list[int]:
-    """The number that a side of a comparison is, if no size of a tensor is in it."""
+    """The value of a side of a comparison, if no size of a tensor occurs in it."""
     if any(isinstance(leaf, Shape) for leaf in leaves(side)):
         return []
     value = outcome(side, lambda leaf: leaf.value)

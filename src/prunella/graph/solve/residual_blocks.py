@@ -81,11 +81,11 @@ def _reason(model: nn.Module, path: str, runs: list[ModuleCall]) -> str:
     if len(runs) > 1:
         return f"the block runs {len(runs)} times in one pass, always with the same weights"
     if runs[0].escaped:
-        return "the block computes something beside its output that is read elsewhere"
+        return "a tensor of the block other than its output is read outside the block"
     if not any(p.dim() for p in block.parameters()):
         return "the block has no parameters"
     places = sum(module is block for _, module in model.named_modules(remove_duplicate=False))
-    return "the block stands in the model more than once" if places > 1 else ""
+    return "the block occurs in the model more than once" if places > 1 else ""
 
 
 def _outermost(residual: Mapping[str, list[str]]) -> dict[str, list[str]]:

@@ -36,7 +36,7 @@ def size(equations: Equations, dim: Dim, removed: Mark) -> int:
 
 
 def solve(equations: Equations, record: Trace) -> dict[Attr, SolvedSizes]:
-    """The attributes that follow an axis: those that are its size alone, or the only unknown attribute of a size."""
+    """The attributes that follow an axis: those equal to its size, or the only unknown attribute in a size."""
     solved: dict[Attr, SolvedSizes] = {}
     free = [n for n in record.links if n.dim and not all(equations.stays(layer).all() for layer in n.dim)]
     for link in free:
@@ -76,7 +76,7 @@ def _unfollowed_by(
     fixed: Iterable[tuple[Attr, str]],
     decisions: Iterable[tuple[SizeComparison, str]],
 ) -> Link | None:
-    """The first size in the source that is wrong without the components `removed`."""
+    """The first size in the source that is wrong after the removal of the components `removed`."""
 
     def value(leaf: Attr | Shape) -> int:
         if isinstance(leaf, Shape):
@@ -100,7 +100,7 @@ def _unfollowed_by(
 
 
 def freeze_unfollowed(equations: Equations, record: Trace, groups: Sequence[Group]) -> bool:
-    """Try removals of units of each group. Join those that the source follows together, or freeze what it cannot."""
+    """Try removals of units of each group. Join groups that the source follows only together, and freeze the others."""
     solved, changed = solve(equations, record), False
     concerned = _Concerned(equations, record, solved)
 
@@ -219,5 +219,5 @@ def _unfollowed(link: Link) -> Reason:
         text = f"the size {link.expression.name} is used in a calculation"
         return Reason(text, link.where, kind=ReasonKind.SOURCE)
     if not link.dim:
-        return Reason("the source decides by a size", link.where, kind=ReasonKind.DECISION)
+        return Reason("a branch of the source depends on a size", link.where, kind=ReasonKind.DECISION)
     return Reason(link.text or "a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)

@@ -2,7 +2,7 @@
 
 A run does not show what such an integer means. It follows a cut if that is the only explanation: it equals sizes that
 all become the same, in every module of its class it is a size of this module, and no operation of the run reads it.
-Where sizes of that value become several, the plan names the integer and leaves it alone.
+If sizes of that value change differently, the plan names the integer and does not change it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LEAST = 4
 _LONGEST = 32
 """Longer lists are data, not sizes."""
 _PROBES = 12
-"""Runs that look for the integers that a run reads; what is not cleared by then is taken as read."""
+"""Most runs in the search for integers that a run reads; integers not cleared by then count as read."""
 
 ExtentOf = Callable[[Any, int], Extent]
 
@@ -84,7 +84,7 @@ def twins(model: nn.Module, attributes: Sequence[Attribute]) -> Iterator[Attribu
 
 
 def never_read(model: nn.Module, inputs: Any, found: Sequence[UnreadSize]) -> tuple[UnreadSize, ...]:
-    """Those of which a run gives the same with another number in their place."""
+    """The integers that can have another value without a change of the outputs."""
     if not found or any(parameter.is_meta for parameter in model.parameters()):
         return ()
     expected = _outputs(model, inputs, ())
@@ -127,12 +127,12 @@ def _integers(kind: type, owner: str, name: str, value: object) -> Iterator[_Pla
 
 
 def _kind(place: _Place) -> tuple[type, str, int]:
-    """What an integer is called: by class, name and position."""
+    """The identity of an integer: class of its owner, name and position."""
     return place.kind, place.name, place.index
 
 
 def _strange(model: nn.Module) -> set[tuple[type, str, int]]:
-    """Names that are an integer too small for a size somewhere: the number of a layer, not a size."""
+    """Attributes that are too small for a size in some module: they are the number of a layer, not a size."""
     return {
         (kind, name, -1)
         for kind, _, values in _owners(model)
@@ -171,7 +171,7 @@ class _Sizes:
 
 
 def _outputs(model: nn.Module, inputs: Any, changed: Sequence[UnreadSize]) -> list[Tensor] | None:
-    """The outputs with one less in these places; None if the model does not run so."""
+    """The outputs with these integers decreased by one; None if the model then does not run."""
     before = {(u.owner, u.name): getattr(holder(model, u.owner), u.name) for u in changed}
     try:
         for u in changed:
@@ -179,7 +179,7 @@ def _outputs(model: nn.Module, inputs: Any, changed: Sequence[UnreadSize]) -> li
             values[u.name] = u.placed(values[u.name], u.value - 1)
         with untouched(model), torch.no_grad():
             return outputs_of(model, inputs)
-    except Exception:  # a probe: whatever it raises, one of these is read
+    except Exception:  # a probe: on any error one of these integers is read
         return None
     finally:
         for (owner, name), value in before.items():

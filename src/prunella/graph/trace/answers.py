@@ -1,4 +1,4 @@
-"""Values that leave the tensors for Python, where the source may branch on them, and other answers in their place."""
+"""Reads of tensor values by Python, where the source may branch on them, and other answers in their place."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _ASKED = frozenset({*_CALLS.split(), _REQUIRES})
 
 
 _READS = 16
-"""Reads at one site that are answered otherwise: a loop that waits for an answer ends after them."""
+"""Most reads at one site that get another answer: a loop that waits for a value then ends."""
 LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
 """Calls that turn values or sizes into plain Python, where no cut can follow."""
 _DECIDES = LEAVES_TORCH | frozenset("is_nonzero equal allclose __contains__".split())
-"""Calls that give Python a number or an answer, by values."""
+"""Calls that give Python a number or a truth value that depends on tensor values."""
 _SIZED_BY_VALUES = frozenset("nonzero masked_select unique _unique _unique2 unique_dim unique_consecutive nms".split())
 
 
@@ -52,8 +52,8 @@ def sized_by_values(func: Any, args: Any) -> bool:
 class Site:
     """An expression of the model's source that reads a value. place: `file:line`, for people.
 
-    position: lines and columns of the expression. The number of the instruction would not do: Python replaces
-    instructions of a function that runs often, and not while it is observed.
+    position: lines and columns of the expression. The index of the instruction is not stable: Python specializes the
+    instructions of a function that runs often, unless it is observed.
     """
 
     file: str
@@ -64,12 +64,12 @@ class Site:
 
 Answers = Mapping[Site, Answer]
 NATURAL: Answers = {}
-"""Every value is read as it is."""
+"""Every read gives the computed value."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """The first read at a site of a run: its answer, the numbers that its function names, and what else it may read.
+    """The first read at a site of a run: its answer, and the numbers that the function around it names.
 
     within: the labels of the tensors that the running functions of the source hold at this moment.
     """
@@ -81,7 +81,7 @@ class Question:
     within: tuple[Dim, ...] = ()
 
     def others(self) -> list[Answer]:
-        """Other answers: the opposite, or numbers beside those that the source names, and far ones."""
+        """Other answers: the opposite, or neighbors of the numbers that the source names, and distant numbers."""
         if isinstance(self.answer, bool):
             return [not self.answer]
         beside = [near for number in self.numbers for near in _beside(number)]
@@ -94,7 +94,7 @@ def _beside(number: Answer) -> tuple[Answer, ...]:
 
 
 class AnswerMode(TorchFunctionMode):
-    """Collects the questions of a run, the first at each site, and answers all reads at those in `instead` otherwise.
+    """Collects the first question at each site of a run, and replaces the answers of all reads at sites in `instead`.
 
     labels: gives the labels of a tensor, for `Question.within`; without it, that is empty.
     """
@@ -138,7 +138,7 @@ def _held(frame: FrameType | None) -> list[Tensor]:
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether an error is a statement of the source, `raise` or `assert`: a guard, with nothing on its other side."""
+    """Whether the source itself raised this error, by `raise` or `assert`: a guard, without code on its other side."""
     step = error.__traceback__
     if step is None:
         return False

@@ -1,4 +1,4 @@
-"""The other sides of branches on values, recorded by a run in which one value is read as another."""
+"""The other sides of branches on values, recorded by runs in which one read gives another value."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from prunella.graph.trace.run import trace
 from prunella.model.state import restored_state
 
 _MOST = 8
-"""Runs in which a value is read as another."""
+"""Most runs in which a read gives another value."""
 _NUMBERS = 16
-"""Numbers that are tried in place of one."""
+"""Most numbers that are tried in place of one number."""
 
 
 def add_branches(
@@ -34,8 +34,8 @@ def add_branches(
 ) -> None:
     """Record a run on the other side of each branch on a value, and of the branches found there.
 
-    number: that of the first of these runs. Where a run ends in an error that is not a statement of the source, what
-    the source holds at the branch stays.
+    number: that of the first of these runs. If a run ends in an error that the source did not raise itself, the tensors
+    held by the source at the branch are kept.
     """
     waiting: list[tuple[Answers, Question]] = [(NATURAL, question) for question in questions]
     known = {question.site for _, question in waiting}
@@ -54,9 +54,9 @@ def add_branches(
 
 
 def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Question) -> Iterator[Answers]:
-    """The answers that lead to another side: the opposite one, or the first number on which other source runs.
+    """The answers that lead to another side: the opposite one, or the first number that runs other instructions.
 
-    If there is none, the first number that the model takes: a slice or an index by it runs the same source.
+    If there is none, the first number that the model accepts: a slice or an index by it runs the same instructions.
     """
     others = [{**before, question.site: other} for other in question.others()]
     if isinstance(question.answer, bool):
@@ -92,7 +92,7 @@ def _other_side(
             side = f"on the other side of the branch at {place}" if decides else number_text
             say_example(record, start, f", {side}")
             keep_outputs(run, model, "it is an output of the model")
-    except Exception as error:  # what no value leads to may raise anything
+    except Exception as error:  # a side that no input reaches may raise anything
         if not refuses(error):
             fault = one_line(error)
             _keep_within(record, question)
@@ -100,7 +100,7 @@ def _other_side(
 
 
 def _keep_within(record: Trace, question: Question) -> None:
-    """Freeze what the source holds at a branch whose other side nobody saw."""
+    """Freeze the tensors that the source holds at a branch with an untraced other side."""
     text = "the other side of a branch on a value was not traced"
     for dim in question.within:
         record.ledger.freeze(dim, Reason(text, question.site.place, kind=ReasonKind.DECISION))

@@ -1,4 +1,4 @@
-"""Functions that hide sizes: `functools.lru_cache` gives that of one tensor to another, `torch.jit.script` none."""
+"""Functions that hide sizes: `functools.lru_cache` returns sizes of earlier tensors, `torch.jit.script` shows none."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from prunella.model.beside import beside
 _CACHED = type(functools.lru_cache(len))
 _KINDS = frozenset({_CACHED, ScriptFunction, staticmethod, classmethod})
 _LEFT = frozenset({"torch", "numpy", "scipy", "prunella"})
-"""Packages whose cached functions see no size of a model."""
+"""Packages with cached functions that never receive a size of a model."""
 
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, cached functions compute anew what depends on a tracked size, and do not keep it.
+    """Inside, cached functions recompute results that depend on a tracked size, and do not cache them.
 
-    Cached functions of files, of classes and of the modules themselves; also static and class methods. Scripted
-    functions run as the Python source that they were compiled from. Inside itself it looks only at files that are new.
+    This covers cached functions of source files, classes and modules, and static and class methods. Scripted functions
+    run as the Python source from which they were compiled. A nested call searches only the files that are new.
     """
     global _searched
     before, renewed = _searched, dict[int, Any]()
@@ -116,7 +116,7 @@ def _as_python(function: Any) -> Callable[..., Any]:
 
 
 def in_script() -> bool:
-    """Whether a function that is scripted outside a recorded run runs: other runs do not see the calls inside."""
+    """Whether a function is running that is scripted outside a recorded run: other runs do not see its calls."""
     return _scripts > 0
 
 

@@ -1,4 +1,4 @@
-"""Names of calls that a recorded run treats in a way of their own."""
+"""Names of calls that a recorded run treats specially."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CALCULATES = frozenset(
 
 
 PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())
-"""Calls that take the positions of an axis apart."""
+"""Calls that split an axis into separate tensors."""
 UNSEEN = "nothing passed through it: the example gives it an empty batch"
-"""The reason for what no position passes through."""
+"""The reason for axes through which no position passes."""
 NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
 """Calls that torch computes differently for an empty batch, so that the record is not complete."""
 

@@ -1,4 +1,4 @@
-"""The data flow of a run, which identifies residual blocks; nodes are numbers instead of tensors.
+"""The data flow of a run, which identifies residual blocks; nodes are integers, which keep no tensor alive.
 
 Every result of an operation is a node. An edge leads back to an argument if the operation *passes* it on: a pointwise
 function of one activation, a norm, a change of type or of shape that keeps the order, or a sum of activations.
@@ -116,7 +116,7 @@ class Flow:
             call.output, call.output_form = self.numbers[first], _form(first)
 
     def residual(self, call: ModuleCall) -> bool:
-        """Whether the output of a call is its input plus something, through passing operations only."""
+        """Whether the output of a call is its input plus other terms, through passing operations only."""
         if call.source < 0 or call.output < 0 or call.source_form != call.output_form:
             return False
         seen, todo = set[tuple[int, bool]](), [(call.output, False)]
@@ -163,7 +163,7 @@ class Flow:
         return Node(back, call, size, name in _SUMS and len(back) > 1, bool(live), statistic)
 
     def _read(self, number: int) -> None:
-        """Mark the finished calls from which this tensor escapes beside their first output."""
+        """Mark the finished calls from which this tensor escapes in addition to their first output."""
         at = self.nodes[number].call
         while at >= 0 and at not in self.active:
             call = self.calls[at]

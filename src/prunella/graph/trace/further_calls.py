@@ -1,4 +1,4 @@
-"""Further calls of a model that keeps something from call to call: what it does on the second one, or on the hundredth.
+"""Further calls of a model with state between calls: its second call, or its hundredth, may compute something else.
 
 A run that changes a counter, a size or a cache of the model in plain Python may take another branch the next time. Such
 calls are recorded into the same graph, and the cut is verified on them.
@@ -30,12 +30,12 @@ from prunella.model.trees import tensors
 
 log = logging.getLogger(__name__)
 _MOST = 6
-"""Further calls that are recorded."""
+"""Most further calls that are recorded."""
 _NUMBERS = 24
-"""Numbers that are tried in place of one that the model counts."""
+"""Most numbers that are tried in place of a counter of the model."""
 _FAR = 1_000_000
 Call = tuple[str, Setting, Any]
-"""What the call is, in words; its setting; its batch, None for the example."""
+"""A description of the call; its setting; its batch, None for the example."""
 
 
 def add_calls(
@@ -46,9 +46,9 @@ def add_calls(
     changes: Sequence[KeptChange],
     number: int,
 ) -> None:
-    """Record further calls, if a run changes what the model keeps. number: that of the first of the branches.
+    """Record further calls, if a run changes the state of the model. number: that of the first of the branches.
 
-    The second call on the same batch is recorded in any case, others where the source does something new.
+    The second call on the same batch is always recorded, others if the source runs something new.
     """
     if not changes:
         return
@@ -92,7 +92,7 @@ def _calls(record: Trace, seen: Seen, inputs: Any, changes: Sequence[KeptChange]
 
 
 def _values(record: Trace, seen: Seen, change: KeptChange) -> list[int]:
-    """Numbers to try for one that a run changes: those beside the numbers that the source names with it."""
+    """Numbers to try for one that a run changes: neighbors of the numbers that the source names with it."""
     known = set[int]()
     for comparison, _ in record.decisions:
         parts = list(leaves(comparison))

@@ -1,4 +1,4 @@
-"""Tensors that outlive a run: on a module, in a hook, in an argument or outside the model, where others read them."""
+"""Tensors that outlive a run: on a module, in a hook, in an argument or outside the model; later code may read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ATOMS = frozenset({bool, int, str, float, type(None)})
 
 
 def kept_on(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor, of all tensors in plain attributes of modules and in what their hooks hold on to.
+    """Name -> tensor, of all tensors in plain attributes of modules and in objects that their hooks refer to.
 
     A name is `path.attribute`, with a number where the attribute holds several tensors.
     """
@@ -44,9 +44,9 @@ def kept_on(model: nn.Module) -> dict[str, Tensor]:
 
 
 def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[tuple[Tensor, str]]:
-    """Activations with positions to remove that still exist after the run, and where they are; but not the `known`.
+    """Activations with removable positions that still exist after the run, and their places, without the `known` ones.
 
-    Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
+    Their readers are unknown, so they count as outputs. Buffers are part of the model and follow its cuts.
     """
     ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
     if not _held(_alive(record, ours)):
@@ -75,9 +75,9 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
 
 
 def _held(alive: list[Tensor]) -> list[Tensor]:
-    """The tensors that a Python object refers to, and not only the memory of a view.
+    """The tensors that a Python object refers to, apart from those that only a view keeps alive.
 
-    The collector does not show what its frozen objects refer to: where there are any, references are counted.
+    The garbage collector does not show the referents of frozen objects: if there are any, references are counted.
     """
     if gc.get_freeze_count():
         alone = max([sys.getrefcount(tensor) for tensor in [torch.empty(0)]])
@@ -88,13 +88,13 @@ def _held(alive: list[Tensor]) -> list[Tensor]:
 
 
 def say_example(record: Trace, start: int, suffix: str) -> None:
-    """Say of the reasons from `start` on which run shows them."""
+    """Name the run in the reasons from number `start` on."""
     for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
         record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
 
 
 def keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
-    """Freeze the outputs, and what outlives the run. Returns the latter."""
+    """Freeze the outputs and the tensors that outlive the run. Returns the latter."""
     record = run.record
     for tensor in run.outputs:
         record.read(tensor)

@@ -1,4 +1,4 @@
-"""What a model keeps from call to call in plain Python, such as a counter or a size: whether a run changes it."""
+"""The state of a model between calls in plain Python, such as a counter or a size, and whether a run changes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONTAINERS = (dict, list, set, deque)
 
 @dataclass(frozen=True)
 class KeptChange:
-    """A value that a run has changed. owner: as in `Attr.owner`; None for what no module or configuration holds."""
+    """A value that a run has changed. owner: as in `Attr.owner`; None outside modules and configurations."""
 
     owner: str | None
     name: str
@@ -40,7 +40,7 @@ class Snapshot:
         self._before = [_values(space) for _, space in self._spaces]
 
     def changes(self) -> list[KeptChange]:
-        """What is another value now, or may be one: nobody sees how far an iterator is."""
+        """The values that have changed, or may have: the position of an iterator cannot be read."""
         changes: list[KeptChange] = []
         for (owner, space), before in zip(self._spaces, self._before, strict=True):
             for name, value in list(space.items()):
@@ -61,7 +61,7 @@ def enter(model: nn.Module, setting: Setting, run: Callable[[Any], object]) -> N
 
 
 def keep(model: nn.Module, setting: Setting) -> None:
-    """Set the numbers that the model has kept in a setting."""
+    """Set the kept numbers of a setting."""
     for owner, name, value in setting.kept:
         space_of(holder(model, owner))[name] = value
 
@@ -72,7 +72,7 @@ def _spaces(model: nn.Module) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
 
 
 def _values(space: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> the value, or a copy of its content; a version for a tensor."""
+    """Name -> the value, or a copy of its content; for a tensor its version counter."""
     return {name: _noted(value) for name, value in space.items() if name not in _MACHINERY}
 
 
@@ -104,7 +104,7 @@ def _differs(old: Any, value: Any) -> bool:
 
 
 def _same(value: Any, before: Any) -> bool:
-    """Whether both are one number, text or object; entries of tuples may be tensors, whose `==` is no truth."""
+    """Whether both are the same number, text or object; tuples may hold tensors, for which `==` gives no bool."""
     if type(value) is not type(before):
         return False
     if isinstance(value, tuple):

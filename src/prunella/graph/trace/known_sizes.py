@@ -1,7 +1,7 @@
-"""Sizes that the model's source knows: numbers in the functions that ask for a size of an input, and keys of tables.
+"""Sizes that the model's source names: numbers in the functions that read a size of an input, and keys of tables.
 
-A comparison of sizes is recorded and can be turned. What is looked up in a table, or passed to a function of Python,
-cannot; there the numbers that the source names are the sizes at which it may do something else.
+A comparison of sizes is recorded, so its other side can be tried. A lookup in a table, or a call of a Python function,
+shows no comparison; there the numbers named by the source are the sizes at which it may take another path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LONGEST = 64
 _SHORT = 16
 _TEXT = re.compile(r"\d{1,4}")
 _OF_NUMBERS = frozenset({"math", "numpy", "np", "log2", "sqrt"})
-"""Names of functions of numbers, which a size leaves as a plain number."""
+"""Names of numeric functions, which turn a tracked size into a plain number."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class KnownSizes:
     codes: set[CodeType] = field(default_factory=set)
 
     def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False, loops: bool = False) -> None:
-        """Record what the function knows that reads the size of an input now.
+        """Record the numbers named by the function that is reading the size of an input.
 
         parts: it takes positions apart; their number is a size if they are counted, or a loop runs over them. loops:
         they are positions of an input, so that a loop in the function may run over them.
@@ -63,7 +63,7 @@ class KnownSizes:
                     self.keys |= {n for n in _entries(value) if 0 < n <= _LARGEST}
 
     def asks(self, start: FrameType | None, *, ranks: bool = False, layouts: bool = False) -> None:
-        """Record that the source itself asks for these."""
+        """Record that the source itself reads ranks or layouts."""
         if reader(start) is not None:
             self.ranks |= ranks
             self.layouts |= layouts
@@ -75,7 +75,7 @@ class KnownSizes:
 
 
 def origin(size: object, start: FrameType | None) -> str:
-    """Where a plain size comes from: a container that the running function or a callee names, or the source."""
+    """The origin of a plain size: a container that the running function or a callee names, or a literal."""
     frame = start
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back
@@ -127,7 +127,7 @@ def known_numbers(frame: FrameType) -> tuple[int | float, ...]:
 
 
 def _fractions(scope: FunctionScope) -> Iterator[float]:
-    """Numbers below one, which no integer is beside."""
+    """Fractions between zero and one."""
     for value in (*_nested(scope.code), *scope.named()):
         if isinstance(value, float) and 0 < abs(value) < 1:
             yield value

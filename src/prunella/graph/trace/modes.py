@@ -61,7 +61,7 @@ class Calls(TorchFunctionMode):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
         if drops(name, args, kwargs):
-            return args[0]  # a mask of any positions: the axes are the same
+            return args[0]  # a mask over any positions: the axes do not change
         self.trace.calls.append(Call(name, args, kwargs, self._number(name)))
         try:
             self._leaks(name, args, kwargs)
@@ -78,14 +78,14 @@ class Calls(TorchFunctionMode):
             self.trace.calls.pop()
 
     def _number(self, name: str) -> int:
-        """The number of this call of the name; -1 where other runs do not see the call."""
+        """The number of this call among those of its name; -1 if other runs do not see the call."""
         if in_script():
             return -1
         self.count[name] += 1
         return self.count[name] - 1
 
     def _relate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
+        """Apply the rule of the call. Axes that the rule does not cover are frozen, and their work is not counted."""
         name = self.trace.operation = called(func)
         try:
             CALL_RULES[name](self.trace, name, bare(_in_order(func, args, kwargs)), result)
@@ -105,7 +105,7 @@ class Calls(TorchFunctionMode):
                 self._freeze_all(item, text)
 
     def _counted(self, tensor: Tensor) -> None:
-        """`len()` gives a number of Python, which no cut follows."""
+        """Freeze the first axis: `len()` gives a plain Python integer, which cannot follow a cut."""
         dim = self.trace.value(tensor).dims[0]
         self.trace.freeze(dim, "its length is taken by len()")
         if not dim:
@@ -142,7 +142,7 @@ def _floats(value: object) -> bool:
 
 
 def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All arguments by position. Errors: ValueError for a function of C++ with arguments by name."""
+    """All arguments by position. Errors: ValueError for a C++ function with keyword arguments."""
     if not kwargs:
         return args
     bound = inspect.signature(func).bind(*args, **kwargs)
@@ -151,7 +151,7 @@ def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
 
 
 def _axis(name: str, args: Any, kwargs: Any) -> int:
-    """The axis along which a call takes a tensor apart."""
+    """The axis along which a call splits a tensor."""
     place = 1 if name == "unbind" else 2
     return int(kwargs.get("dim", args[place] if len(args) > place else 0))
 

@@ -70,7 +70,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """The size of `dim` must equal `expression` for every cut. text: why `dim` is frozen where it does not follow."""
+    """The size of `dim` must equal `expression` for every cut. text: the reason to freeze `dim` if it does not."""
 
     expression: Expression
     dim: Dim
@@ -132,7 +132,7 @@ class Trace:
     operation: str = ""
     """The name of the operation that is running."""
     use: Use | None = None
-    """The layer of the running product, as its rule finds it."""
+    """The layer of the running product, set by its rule."""
     readers: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Parameter -> the first operation that computes with it, and its source location."""
     fixed: list[tuple[Attr, str]] = field(default_factory=list)
@@ -148,13 +148,13 @@ class Trace:
     outputs: list[tuple[int, int, Ints]] = field(default_factory=list)
     """Number of an output, axis and labels."""
     of_tokens: list[Ints] = field(default_factory=list)
-    """Axes of outputs that have the axes of an index of a table before them: they may be scores of the next token."""
+    """Axes of outputs that follow the axes of a table's index: they may be scores of the next token."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     squares: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are squares of others."""
     averages: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    """Tensors that are means over an axis -> labels of this axis, which what reads the mean freezes."""
+    """Tensors that are means over an axis -> labels of this axis; a read of the mean freezes them."""
     flow: Flow = field(default_factory=Flow)
     entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are an input of the model, or part of one."""
@@ -163,7 +163,7 @@ class Trace:
     """Parameter -> another one in the same memory."""
     branches: list[Branch] = field(default_factory=list)
     values_read: bool = False
-    """Values went from the tensors to Python, or gave a tensor its size."""
+    """Python read a tensor value, or a tensor's size depends on values."""
     untried: str = ""
     """Why the model did not run in training mode, where its source has branches for this mode."""
 
@@ -180,7 +180,7 @@ class Trace:
                 self.readers[parameter] = name, self.where()
 
     def read(self, tensor: Tensor) -> None:
-        """Freeze the axis of which this tensor is a mean, since something reads it."""
+        """Freeze the axis over which this tensor is a mean, because an operation reads the tensor."""
         if tensor in self.averages:
             self.freeze(self.averages[tensor], "a mean is taken over it")
 
@@ -189,7 +189,7 @@ class Trace:
         return self.readers.get(parameter, ("", ""))
 
     def count(self, name: str, terms: Sequence[Term] | None, arguments: Sequence[Tensor]) -> None:
-        """Record the multiply-adds of the operation that just ran; None: nobody knows them."""
+        """Record the multiply-adds of the operation that just ran; None if they are unknown."""
         use, self.use = self.use, None
         if terms is None:
             entry = self.uncounted.setdefault(name, Unknown())
@@ -222,7 +222,7 @@ class Trace:
     def computed(self, tensor: Tensor) -> None:
         """Record the sizes of a tensor that the running module computes."""
         dims = self.value(tensor).dims
-        if len(dims) != tensor.dim():  # its shape has changed in place, as in the source of `quantile`
+        if len(dims) != tensor.dim():  # the shape changed in place, as in the source of `quantile`
             return
         for size, dim in zip(tensor.shape, dims, strict=True):
             self.sizes.setdefault((self.module(), int(size), tuple(map(id, dim))), dim)
@@ -305,7 +305,7 @@ class Trace:
                 self.ledger.freeze(leaf.dim, reason)
 
     def _calculated(self, size: Expression, where: str) -> bool:
-        """Record a number such as `x.shape[1] ** 0.5` as a call that sees the kept positions alone."""
+        """Record a number such as `x.shape[1] ** 0.5` as a call on the kept positions alone."""
         if not isinstance(size, Shape) or len(size.dim) != 1 or size.read[0] < 0:
             return False
         number, axis = size.read
@@ -347,4 +347,4 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 
 CallRule = Callable[[Trace, str, Sequence[Any], Any], None]
 CALL_RULES: dict[str, CallRule] = {}
-"""Calls that are related as a whole, by `rule(trace, name, args, result)`; the operations inside have no labels."""
+"""Rules for whole calls, `rule(trace, name, args, result)`; the operations inside have no labels."""

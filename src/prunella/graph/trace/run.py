@@ -1,4 +1,4 @@
-"""One observed run of a model: the record of what its operations do to positions, and what the run returned."""
+"""One observed run of a model: the relations between positions that its operations create, and its outputs."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
 
 @dataclass(frozen=True)
 class TracedRun:
-    """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
+    """A run and its record; it keeps the tensors of the run alive. inputs: the model's copy, which it may have filled.
 
-    handed_on: tensors of states that the model hands on to its next run. output: what the model returned, which may
-    hold tensors that no list shows.
+    handed_on: tensors of state that the model passes to its next run. output: the returned object, which may hold
+    tensors that no list shows.
     """
 
     record: Trace
@@ -66,7 +66,7 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
 
 
 def _overlapping(parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Parameters whose memory overlaps that of another one, which is not the same parameter."""
+    """Parameter -> another parameter with overlapping memory that is not the same parameter."""
     at: dict[int, list[tuple[int, int, str]]] = {}
     for name, tensor in parameters.items():
         key = memory(tensor)
@@ -94,10 +94,9 @@ def trace(
 ) -> TracedRun:
     """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
 
-    asked: collects the values that the source reads, and may answer otherwise. setting: what else the run meets.
-
-    The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
-    for. Errors: those of the model; the record then ends where the run did.
+        asked: collects the values that the source reads, and may change them. setting: the other conditions of the run.
+    Outputs are read while the modes observe the run, since an output may compute its tensors on access. Errors: those
+    of the model; the record then ends where the run did.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -108,7 +107,7 @@ def trace(
         stack.enter_context(tracked_attributes(model, record.leak))
         stack.enter_context(uncached(model))
         stack.enter_context(Operations(record, apply_rule))
-        for batch in batches[:-1]:  # recorded, so that what it leaves on the model has labels and sizes
+        for batch in batches[:-1]:  # recorded, so that tensors left on the model have labels and sizes
             _enter_batch(record, batch)
             with Calls(record):
                 forward(model, batch, copy=False)

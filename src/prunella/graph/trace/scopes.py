@@ -1,4 +1,4 @@
-"""What a function of the model's source can see: the values that it names, and the functions that it may call."""
+"""The scope of a function of the model's source: the values that it names, and the functions that it may call."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from prunella.model.executed import is_source
 from prunella.model.trees import items
 
 _DEPTH = 3
-"""A size or a value is passed on through so many functions."""
+"""Most nested functions through which a size or a value is followed."""
 _MOST = 32
-"""Functions that are looked into, those that the running one names first."""
+"""Most functions that are searched, those named by the running function first."""
 _NO_HOLDERS = (nn.Module, Tensor, type, FunctionType, property, staticmethod, classmethod)
 _NO_METHODS = frozenset({FunctionType, type(None), bool, int, float, str, tuple, list, dict, set, torch.dtype})
-"""Types whose methods are no source of a model; those of their children may be."""
+"""Types with methods outside the model's source; methods of their subclasses may be inside."""
 _CACHED = type(functools.lru_cache(len))
 
 
@@ -88,14 +88,14 @@ def scopes(frame: FrameType) -> list[FunctionScope]:
 
 
 def owner_of(frame: FrameType) -> object:
-    """The object whose method runs: the first argument, whatever its name; None where that is no object of a class."""
+    """The object of the running method: the first argument, whatever its name; None if it has no class of its own."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     return first if hasattr(first, "__dict__") and not isinstance(first, Tensor | int) else None
 
 
 def attribute(owner: object, name: str) -> Any:
-    """An attribute of an object or of its class, without running anything."""
+    """An attribute of an object or of its class, read without running code of the model."""
     if isinstance(owner, nn.Module) and name in owner._modules:
         return owner._modules[name]
     value = inspect.getattr_static(owner, name, None)

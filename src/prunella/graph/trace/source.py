@@ -20,16 +20,16 @@ GENERATED = "<eval_with_key>"
 """Prefix of the file names of generated code."""
 _TORCH, _OWN = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[2]}{os.sep}"
 LIBRARY = (_TORCH, _OWN)
-"""Folders of torch and of this package, which contain no source of a model."""
+"""Folders of torch and of this package, which do not contain a model's source."""
 _RUN = f"{_OWN}model{os.sep}forward.py"
-"""Where this package calls the model: what lies outside is not the model's source."""
+"""The file in which this package calls the model: outer frames are not the model's source."""
 _PARTS = tuple(f"{_TORCH}{part}{os.sep}" for part in (f"nn{os.sep}modules", f"nn{os.sep}utils", f"ao{os.sep}nn"))
-"""Modules of torch: the place of a call in a model that is made of these alone."""
+"""Modules of torch: the location of calls in a model without source of its own."""
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def where(start: FrameType | None) -> str:
-    """`file:line` of the model's source that is running; of torch's module where no source of the model's own is."""
+    """`file:line` of the model's source that is running; of torch's module in a model without source of its own."""
     frame, part = start, ""
     while frame is not None and frame.f_code.co_filename != _RUN:
         path = frame.f_code.co_filename
@@ -44,7 +44,7 @@ def where(start: FrameType | None) -> str:
 
 
 def reader(start: FrameType | None) -> FrameType | None:
-    """The frame of the model's source that makes the running call itself; None if a function of torch makes it."""
+    """The frame of the model's source that makes the running call directly; None if a function of torch makes it."""
     frame = start
     while frame is not None and frame.f_code.co_filename.startswith(_PASSES_ON):
         frame = frame.f_back

@@ -143,7 +143,7 @@ class Tracked(int):
 
 
 def _number(expression: Expression) -> Expression | Calculation:
-    """A size in a calculation: as such if a read of the run gives it alone."""
+    """A size in a calculation: the size itself if it comes from one read of the run, otherwise a `Calculation`."""
     alone = isinstance(expression, Shape) and expression.dim and expression.read[0] >= 0
     return Calculation(expression) if alone else expression
 
@@ -334,7 +334,7 @@ def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
 
 
 def _tracked(owner: str, name: str, value: Any, leak: Leak, *, lists: bool) -> Any:
-    """An attribute with `Tracked` integers; None if it holds no size. lists: longer ones too, which torch has not."""
+    """An attribute with `Tracked` integers; None if it holds no size. lists: also longer lists, unlike torch's own."""
     if type(value) is int:
         return Tracked(value, Attr(owner, name, value), leak)
     if type(value) is tuple and len(value) == 1 and type(value[0]) is int:

@@ -56,7 +56,7 @@ def _both_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
                 if len(dim) == 1
             ]
             record.of_tokens = list(_of_tokens(record, run.outputs))
-            del run  # and with it all that the run made
+            del run  # it keeps the tensors of the run alive
             changes = before.changes()
         _add_examples(record, model, others, apply_rule)
         with _first_run(record):
@@ -78,13 +78,13 @@ def _of_tokens(record: Trace, outputs: Sequence[Tensor]) -> Iterator[Ints]:
 
 
 def sharing(record: Trace, name: str) -> str:
-    """Why a parameter stays that lies in the memory of another one."""
+    """Why a parameter that shares memory with another one is kept."""
     both = " and ".join(sorted((name, record.shared[name])))
     return f"the parameters {both} share one memory: tie them as one parameter"
 
 
 def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_rule: Callable[..., None]) -> None:
-    """Record a run on each of the other examples. Relations are those of all runs."""
+    """Record a run on each of the other examples. The relations of all runs hold together."""
     with _first_run(record):
         for number, example in enumerate(others, start=1):
             record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
@@ -96,7 +96,7 @@ def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_
 
 @contextmanager
 def _first_run(record: Trace) -> Iterator[None]:
-    """Inside, further runs are recorded. Work, and the flow that shows residual blocks, stay those of the first run."""
+    """Inside, further runs are recorded, except for their work and data flow: those of the first run count."""
     flow, work = record.flow, tuple(record.work)
     uncounted = {name: replace(unknown, reads=set(unknown.reads)) for name, unknown in record.uncounted.items()}
     yield
@@ -120,7 +120,7 @@ def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Call
 
 
 def _keep_unread(record: Trace, other: Trace) -> None:
-    """Freeze what the weights of an incomplete training mode produce: nobody saw who reads it."""
+    """Freeze the outputs of weights in an incomplete training run: their readers are unknown."""
     for name, dims in other.axes.items():
         if name not in record.axes:
             for axis, dim in enumerate(dims):
@@ -129,7 +129,7 @@ def _keep_unread(record: Trace, other: Trace) -> None:
 
 
 def check_numbers(outputs: Sequence[Tensor]) -> None:
-    """Errors: NotSupported without a floating-point or complex tensor, since a cut could not be verified."""
+    """Errors: NotSupported if no output is floating-point or complex, since a cut could not be verified."""
     if any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
         return
     others = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in outputs}))
@@ -141,7 +141,7 @@ def check_numbers(outputs: Sequence[Tensor]) -> None:
 
 
 def join_modes(record: Trace, other: Trace) -> None:
-    """Add to `record` what holds in the other mode: equal and frozen positions, sizes and branches.
+    """Add the relations of the other mode to `record`: equal and frozen positions, sizes and branches.
 
     The atoms of `other` are numbered after those of `record`. Multiply-adds, calls along units and residual blocks stay
     those of `record`.

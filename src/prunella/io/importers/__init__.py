@@ -1,4 +1,4 @@
-"""Importers: what other tools pruned becomes a plan. Files are read as data only, and nothing of them is trusted."""
+"""Importers: plans from models pruned by other tools. Files are untrusted and read as data only."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Checkpoints in which zeros are the mask, and what tools write beside them."""
+"""Checkpoints with zeros as masks, and the recipes and masks that tools write next to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def zeros(state: State, *, min_sparsity: float = 0.0) -> Imported:
     as pruned too.
     Data: none.
 
-    Use: any checkpoint without masks, from any tool. Avoid: weights with masks beside them, where a kept weight may be
+    Use: any checkpoint without masks, from any tool. Avoid: weights with separate masks, where a kept weight may be
     zero.
     """
     weights = tensors_of(state)
@@ -33,13 +33,13 @@ def zeros(state: State, *, min_sparsity: float = 0.0) -> Imported:
 
 @importer(source="Neural Magic SparseML 1.x, checkpoints and recipes, github.com/neuralmagic/sparseml")
 def sparseml(state: State) -> Imported:
-    """A checkpoint of SparseML: zeros are the mask, and the recipe beside the weights says what was asked for.
+    """A checkpoint of SparseML: zeros are the mask, and the recipe next to the weights has the requested sparsity.
 
-    `mask = W != 0`; the recipe is text (YAML), read as data for its `final_sparsity` and nothing else. It becomes a
-    remark of the plan, to be compared with what is found.
+    `mask = W != 0`; the recipe is text (YAML), read as data, only for its `final_sparsity`. It becomes a remark of the
+    plan, for comparison with the actual sparsity.
     Data: none.
 
-    Use: `checkpoint.pth` and folders of SparseML. Avoid: its quantized and its ONNX checkpoints, which are no weights
+    Use: `checkpoint.pth` and folders of SparseML. Avoid: its quantized and its ONNX checkpoints, which are not weights
     of a module.
     """
     weights = tensors_of(state)
@@ -56,9 +56,10 @@ def neural_compressor(state: State) -> Imported:
     of blocks are smaller than the weight and are repeated to its shape. The tool saves neither masks nor a form of its
     own: its checkpoints are plain weights with zeros, for which `zeros` is right.
     Data: none.
+    Errors: BadInput without masks.
 
-    Use: `masks=` beside a checkpoint, or masks that you saved. Avoid: masks of its old `experimental` pruners, which
-    may mean the opposite: look at which weights are zero first.
+    Use: `masks=` next to a checkpoint, or masks that you saved. Avoid: masks of its old `experimental` pruners, which
+    may mean the opposite: check which weights are zero first.
     """
     masks = {str(name): as_mask(value, str(name)) for name, value in state.items()}
     if not masks:
@@ -67,7 +68,7 @@ def neural_compressor(state: State) -> Imported:
 
 
 def repeated(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A mask of blocks as a mask of weights; as it is where it fits or cannot fit."""
+    """A mask of blocks repeated to the weight's shape; unchanged if it already fits or cannot fit."""
     fits = mask.dim() == len(shape) and all(n and size % n == 0 for n, size in zip(mask.shape, shape, strict=True))
     if not fits or tuple(mask.shape) == shape:
         return mask
@@ -77,7 +78,7 @@ def repeated(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def recipe_sparsities(text: str) -> Iterator[str]:
-    """The sparsities that the modifiers of a recipe ask for, one line each; nothing of the text is ever run.
+    """The sparsities requested by the modifiers of a recipe, one line each; the text is never executed.
 
     Errors: BadInput for text that is too long, or no YAML.
     """

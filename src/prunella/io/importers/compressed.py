@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors: a bit for each weight, and the values of those that are there."""
+"""Checkpoints of compressed-tensors: a bit for each weight, and the values of the non-zero ones."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def compressed_tensors(state: State) -> Imported:
     row) in `sparse-bitmask`; two values of every four in `sparse-24-bitmask`. Lengths, offsets and counts must agree.
     Weights that are stored dense are masked where they are zero.
     Data: none.
+    Errors: BadInput for parts that do not agree, NotSupported for quantized weights.
 
     Use: folders of llm-compressor with `sparsity_config`. Avoid: quantized weights, which are refused: a plan masks
     weights of the model as it is.
@@ -55,7 +56,7 @@ def compressed_tensors(state: State) -> Imported:
 
 
 def decode(name: str, parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Mask]:
-    """The weight and its mask from the stored parts. Errors: BadInput wherever they contradict each other."""
+    """The weight and its mask from the stored parts. Errors: BadInput if they contradict each other."""
     shape = _shape(name, parts.get("shape"))
     bits = parts["bitmask"]
     values = parts.get("compressed")
@@ -97,7 +98,7 @@ def _place(mask: Mask, values: Tensor) -> Tensor:
 
 def _shape(name: str, stored: Tensor | None) -> tuple[int, ...]:
     if stored is None or stored.is_floating_point() or stored.is_complex() or not 1 <= stored.numel() <= 5:
-        raise _broken(name, "its shape is missing, or is no list of sizes")
+        raise _broken(name, "its shape is missing, or is not a list of sizes")
     shape = tuple(int(size) for size in stored.flatten().tolist())
     if min(shape) < 1:
         raise _broken(name, f"a shape of {shape}")
@@ -125,7 +126,7 @@ def _broken(name: str, why: str) -> BadInput:
 
 
 def _described(config: Any) -> tuple[str, ...]:
-    """What config.json says: its sparsity as a remark. NotSupported for a format that is not read."""
+    """The sparsity of config.json as a remark. Errors: NotSupported for a format that is not read."""
     entries: Any = None
     if isinstance(config, Mapping):
         holders = [config, *(config.get(key) for key in ("quantization_config", "compression_config"))]

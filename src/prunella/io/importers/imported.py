@@ -14,15 +14,15 @@ from prunella.io.checkpoint import only_weights
 from prunella.types import Mask
 
 State = Mapping[str, Any]
-"""A checkpoint as it was read: names and tensors, and whatever else the tool keeps beside them."""
+"""A checkpoint as read: names and tensors, and other data that the tool stores with them."""
 
 
 @dataclass(frozen=True)
 class Imported:
     """Masks (True is kept) and weights by the tool's names of parameters, without the tool's own suffixes.
 
-    origin: the tool.  remarks: what the tool says of itself, such as the sparsity that its recipe asked for.
-    implied: masks are where weights are zero, as nothing else says what was pruned.
+    origin: the tool.  remarks: the tool's own statements, such as the sparsity requested by its recipe.
+    implied: the masks are inferred from zero weights, since the checkpoint has no masks.
     """
 
     origin: str
@@ -41,9 +41,11 @@ def tensors_of(state: State) -> dict[str, Tensor]:
 
 
 def as_mask(value: object, name: str) -> Mask:
-    """A mask that a tool keeps as numbers: 1 is kept, 0 is not. Errors: BadInput for anything else."""
+    """A mask from a tool's numbers: 1 is kept, 0 is pruned. Errors: BadInput for anything else."""
     if not isinstance(value, Tensor):
-        raise BadInput(f"the mask of {name} is no tensor", f"it is a {type(value).__name__}", "give the masks as saved")
+        raise BadInput(
+            f"the mask of {name} is not a tensor", f"it is a {type(value).__name__}", "give the masks as saved"
+        )
     if value.dtype is torch.bool:
         return value.detach().cpu()
     mask = value.detach().cpu() != 0

@@ -41,23 +41,22 @@ def import_plan(
     units: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
-    """A plan that makes `model` what another tool pruned: its masks and, where they differ, its weights and buffers.
+    """A plan that turns `model` into another tool's pruned model, by masks and changed weights.
 
-    source: a module that the other tool holds, its state dict, a file (safetensors; torch's only with `allow_pickle`,
-        and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
-    masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
-    importer: a function of `prunella.io.importers`, where the tool is not to be detected.
-    key: the entry of the source that holds the weights, where it has several (`model` and `model_ema`).
-
-    units: plan the removal of the units that are zero in what was imported, as `plan_zeros` does, besides the masks.
-
-    Only masks are imported otherwise: the shapes stay. One prefix that all names share, such as `module.` or `model.`,
-    and what wrappers of torch add to names are taken off; a remark says so.
-    Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
+    source: the other tool's module, its state dict, a file (safetensors; torch's only with `allow_pickle`, and then
+        tensors and plain data only) or a folder of safetensors. `model` is a new model of the same shapes.
+    masks: separate masks: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
+    importer: a function of `prunella.io.importers`, to skip the detection of the tool.
+    key: the entry of the source with the weights, if it has several (`model` and `model_ema`).
+    units: also plan the removal of units that are zero in the imported weights, as `plan_zeros` does. Otherwise only
+        masks are imported, and shapes do not change.
+    A prefix that all names share, such as `module.` or `model.`, and segments of torch's wrappers are removed from the
+    names; a remark says so.
+    Errors: BadInput names tensors that are missing, of another shape, or contradictory; also if nothing is pruned.
     """
     model = with_plain_weights(model)
     if source is model:
-        todo = "build the model anew and pass the pruned one as the source"
+        todo = "build a new model and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
     state = read_source(source, key=key, allow_pickle=allow_pickle)
     imported = (importer or importer_of(state, apart=masks is not None))(state)
@@ -69,13 +68,13 @@ def import_plan(
 
 
 def _without_units(model: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
-    """The plan that also removes the units that its masks and weights leave at zero."""
+    """The plan that also removes units that are zero by its masks and weights."""
     cut = plan_zeros(apply_(copied(model), plan), inputs)
     return replace(cut, masks=plan.masks, weights=plan.weights, remarks=(*plan.remarks, *cut.remarks))
 
 
 def importer_of(state: State, *, apart: bool = False) -> Importer:
-    """The importer for a checkpoint, from its names. `apart`: its masks come from elsewhere."""
+    """The importer for a checkpoint, from its names. `apart`: its masks are given separately."""
     if isinstance(state.get("state"), Mapping) and "groups" in state:
         return torch_ao
     if isinstance(state.get("recipe"), str):
@@ -114,7 +113,7 @@ def _flat(state: State) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """An imported checkpoint and the model that it is matched with."""
+    """An imported checkpoint and the model with which it is matched."""
 
     model: nn.Module
     graph: Graph
@@ -167,7 +166,7 @@ class _Fit:
             mask = repeated(given, tuple(own[here].shape)) if blocks else given
             _check_shape(here, mask.shape, own[here].shape, "mask")
             if self.imported.implied and owner not in layers:
-                continue  # zeros of a table or of a buffer are no pruning
+                continue  # zeros of a table or of a buffer are not pruning
             if owner in masks and not masks[owner].equal(mask):
                 raise BadInput(f"the masks of {here} and {owner} differ", "the model ties these weights")
             if not bool(mask.all()):

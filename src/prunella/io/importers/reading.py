@@ -23,9 +23,9 @@ Source = State | nn.Module | str | os.PathLike[str]
 
 
 def read_source(source: Source, *, key: str = "", allow_pickle: bool = False) -> State:
-    """A mapping as it is, all tensors of a module, or what is in a file or folder; of these the entry `key`.
+    """A mapping itself, all tensors of a module, or the contents of a file or folder; of these the entry `key`.
 
-    Errors: BadInput for a file that is broken or not to be trusted, RequestError for something else altogether.
+    Errors: BadInput for a file that is broken or unsafe, RequestError for a source of another type.
     """
     state = _whole(source, allow_pickle=allow_pickle)
     if not key:
@@ -50,7 +50,7 @@ def _whole(source: Source, *, allow_pickle: bool) -> State:
         return source
     if not isinstance(source, str | os.PathLike):
         todo = "give a module, a state dict, a file or a folder"  # type: ignore[unreachable]
-        raise RequestError(f"a {type(source).__name__} cannot be imported", "it is no checkpoint", todo)
+        raise RequestError(f"a {type(source).__name__} cannot be imported", "it is not a checkpoint", todo)
     path = Path(source)
     if path.is_dir():
         return _folder(path)

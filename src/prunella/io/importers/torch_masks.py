@@ -17,14 +17,15 @@ _FAKE = re.compile(r"^(?:(?P<module>.+)\.)?parametrizations\.(?P<leaf>[^.]+)\.\d
 
 @importer(source="torch.nn.utils.prune of PyTorch, documentation and state dicts of release 2.13")
 def torch_prune(state: State) -> Imported:
-    """Masks that `torch.nn.utils.prune` keeps beside the weights, of a module or of its state dict.
+    """Masks that `torch.nn.utils.prune` stores next to the weights, of a module or of its state dict.
 
     `W = W_orig * W_mask`: a parameter `weight` is stored as `weight_orig` and `weight_mask`. The weights of the plan
-    are the originals, so that what is under a mask may grow back. Every mask needs its original and is of its shape.
+    are the originals, so that masked weights can be regrown. Every mask needs an original of its shape.
     Data: none.
+    Errors: BadInput for a mask without its original, or of another shape.
 
-    Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, where only
-    zeros are left: take `zeros`.
+    Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, which leaves
+    only zeros: use `zeros`.
     """
     tensors = tensors_of(state)
     masks, weights = {}, {name: value for name, value in tensors.items() if not name.endswith(("_orig", "_mask"))}
@@ -38,7 +39,7 @@ def torch_prune(state: State) -> Imported:
     alone = [n for n in tensors if n.endswith("_mask") and n.removesuffix("_mask") not in masks]
     for key in alone:  # masks without their original, or buffers that have such a name
         if f"{key.removesuffix('_mask')}.weight" in tensors or key.removesuffix("_mask") in tensors:
-            raise BadInput(f"{key} has no weight beside it", f"{key.removesuffix('_mask')}_orig is missing")
+            raise BadInput(f"{key} has no weight", f"{key.removesuffix('_mask')}_orig is missing")
         weights[key] = tensors[key]
     return Imported("torch.nn.utils.prune", masks, weights)
 
@@ -51,9 +52,10 @@ def torch_ao(state: State) -> Imported:
     `parametrizations.weight.0.mask`. Its `state_dict()` leaves the mask out, so that a file of it needs the
     sparsifier's `state_dict()` too: give that as `masks=`. The latter is `{"state": {name: {"mask": ...}}, ...}`.
     Data: none.
+    Errors: BadInput for a mask without its weight, or masks that are missing.
 
     Use: models that a sparsifier prepared, before or after `squash_mask`. Avoid: a state dict without the sparsifier's
-    when masks were not squashed: what is masked is then not known, and it is refused.
+    if masks were not squashed: its masks are unknown, and it is refused.
     """
     entries = state.get("state")
     if isinstance(entries, Mapping) and "groups" in state:
@@ -76,7 +78,7 @@ def torch_ao(state: State) -> Imported:
             weights[key] = value
     lone = [name for name in masks if name not in weights]
     if lone:
-        raise BadInput(f"the mask of {lone[0]} has no weight beside it", "its parametrization has no original")
+        raise BadInput(f"the mask of {lone[0]} has no weight", "its parametrization has no original")
     for name, mask in masks.items():
         _same(name, weights[name], mask)
     return Imported("torch.ao.pruning", masks, weights)

@@ -119,14 +119,14 @@ class _Stubs:
         except Stop:
             pass
         except Exception as raised:
-            # What the model raises for a batch of data is told as an error of the data, which it is not here.
+            # Errors of the model on a batch are otherwise reported as errors of the data.
             error = raised.__cause__ if isinstance(raised, BadInput) else raised
             if error is None or isinstance(error, PruningError):
                 raise
             if self.past:  # the modules after the blocks have no weights here, and may fail
                 return self.first
             if "meta tensor" in str(error):
-                what = "what surrounds the blocks cannot be run without all weights"
+                what = "the modules around the blocks cannot run without all weights"
                 raise NotSupported(what, f"it depends on values: {error}".splitlines()[0], _INSTEAD) from error
             raise
         return self.first
@@ -162,7 +162,7 @@ class _Stubs:
             why = "its first argument is not what the block before it returned"
             raise NotSupported(f"{path} is not fed by the block before it", why, _INSTEAD)
         if any(t.device.type == "meta" for t in tensors([list(call.args), call.kwargs])):
-            what = f"{path} takes more than the hidden states from another block"
+            what = f"{path} receives more than the hidden states from another block"
             raise NotSupported(what, "it depends on their values", _INSTEAD)
 
     def _shared(self, tree: Any) -> Any:

@@ -89,12 +89,13 @@ def solve_folder(
     process calls this with the same `data` and takes its shard of the batches, and the process of rank 0 writes.
     Data: batches, no labels, for example samples of a text; without any, text that the model writes itself.
 
-    data: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and
-    `calibration.txt`, and a run that goes on takes it from there; to write it, the model is in memory whole. memory:
-    the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would
-    take more is refused before it starts. None: hidden states in memory, no check. Errors: RequestError
-    if the folder exists or belongs to another run, or for too little memory; NotSupported if the blocks are not entries
-    of one list, run in order.
+    data: as for `solve_`. The model's own text is stored in the output, in `calibration.json` and `calibration.txt`,
+    and a resumed run reads it from there; to write it, the full model is in memory. memory: the most bytes of the
+    process, such as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would need more is
+    refused before it starts. None: hidden states in memory, no check. Errors: RequestError if the folder exists or
+    belongs to another run, or for too little memory; NotSupported if the blocks are not entries of one list, run in
+    order.
+    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """

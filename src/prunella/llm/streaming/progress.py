@@ -1,4 +1,4 @@
-"""Which blocks of a run are done: a journal in the output folder, which a killed run goes on from."""
+"""The finished blocks of a run: a journal in the output folder, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RECORD, CONFIG = "run.json", "config.json"
 
 
 class BlockProgress:
-    """Blocks that are done, with their fits and the digests of their shards; the first process records them.
+    """The finished blocks, with their fits and the digests of their shards; the first process records them.
 
-    folder: where the shards are written. It is the output, or, while the output holds a finished result, one beside it.
+    folder: the folder of the shards: the output, or a folder next to it while the output holds a finished result.
     """
 
     def __init__(self, folder: Path, done: Mapping[str, Mapping[str, Any]], records: Records | None) -> None:
@@ -43,7 +43,7 @@ class BlockProgress:
         return list(self._done[path]) if path in self._done else None
 
     def check(self, path: str, shard: Path) -> None:
-        """`BadInput` unless the shard of a finished block is as it was written."""
+        """Errors: BadInput unless the shard of a finished block is unchanged."""
         with reading(shard):
             changed = digest(shard) != self._digests[path]
         if self._digests[path] and changed:
@@ -51,7 +51,7 @@ class BlockProgress:
             raise BadInput(f"{shard} is damaged", "it does not have the recorded digest", todo)
 
     def add(self, path: str, fits: Sequence[Fit], shard: Path) -> None:
-        """A block is done; its shard is on the disk."""
+        """Record a finished block; its shard is on the disk."""
         self._done[path] = list(fits)
         if self._records is not None:
             self._records.add(path, {"fits": [asdict(fit) for fit in fits], "sha256": digest(shard)})
@@ -61,11 +61,10 @@ class BlockProgress:
 def open_progress(
     output: Path, identify: Callable[[], Identity], group: ProcessGroup, *, overwrite: bool
 ) -> Iterator[BlockProgress]:
-    """The progress of the run that writes `output`, which is locked; when the block ends well, the run is over.
+    """The progress of the run that writes `output`, which is locked; the run is complete if the block succeeds.
 
-    overwrite: what is there stays until the new result is complete, and is then exchanged for it. Errors, in all
-    processes: RequestError for another run, Locked (the first process) for one that is under way, BadInput for a
-    damaged journal.
+    overwrite: an existing result is replaced when the new one is complete. Errors, in all processes: RequestError for
+    another run, Locked (the first process) for a running one, BadInput for a damaged journal.
     """
     if not group.is_main:
         message = _received()
@@ -117,7 +116,7 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
 
 
 def _remove_rests(output: Path, beside: Path) -> None:
-    """What a run leaves that is killed after its result was complete: its own folder, or the result before it."""
+    """Remove the folders of a run that was killed after its result was complete: its own, or the earlier result."""
     if is_finished(output) and (output / WORK).is_dir() and not (output / WORK / NAME).exists():
         shutil.rmtree(output / WORK)
     if beside.is_dir() and not (beside / WORK / NAME).exists():
@@ -131,7 +130,7 @@ def _remove_rests(output: Path, beside: Path) -> None:
 def identity_of(
     source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[str], processes: int, held_out: Sequence[Any] = ()
 ) -> Identity:
-    """All that decides what is written: every byte of the model's files, the batches, the recipe and the versions."""
+    """Everything that determines the result: every byte of the model's files, batches, recipe and versions."""
     files = {kind: sorted(source.glob(f"*.{kind}")) for kind in ("safetensors", "json")}
     digests = {kind: {file.name: digest(file) for file in some} for kind, some in files.items()}
     others = {"held-out data": list(held_out)} if held_out else {}
@@ -154,17 +153,17 @@ def _fits(done: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Fit]]:
     try:
         return {path: [Fit(**fit) for fit in payload["fits"]] for path, payload in done.items()}
     except (KeyError, TypeError) as error:
-        raise BadInput("a record of the run is no fit", f"{error!r}", "choose another folder") from error
+        raise BadInput("a record of the run is not a fit", f"{error!r}", "choose another folder") from error
 
 
 def _send(message: dict[str, Any], group: ProcessGroup) -> None:
-    """Tell the other processes."""
+    """Send a message to the other processes."""
     if group.world_size > 1:
         dist.broadcast_object_list([message], src=0)
 
 
 def _received() -> dict[str, Any]:
-    """What the first process has told: where it writes and what is done, or why it stops, which is raised here too."""
+    """The message of the first process: the folder and the finished blocks, or its error, which is raised here too."""
     told: list[Any] = [None]
     dist.broadcast_object_list(told, src=0)
     message: dict[str, Any] = told[0]

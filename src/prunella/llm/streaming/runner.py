@@ -38,7 +38,7 @@ from prunella.model.state import mode
 from prunella.model.trees import tensors
 
 _SHRUNK = 3
-"""Copies of a block whose change is shrunk: the dense replica, its weights as they were, and as solved."""
+"""Copies of a block during shrinkage: the dense replica, its dense weights, and its solved weights."""
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense replica, the saved weights, the gradient, Adam's two, a sum."""
 
@@ -66,7 +66,7 @@ OnBlock = Callable[[BlockStep], None]
 
 
 class StreamingRun:
-    """A run that can start: the model without weights, its blocks and layers, and a memory peak within the budget."""
+    """A checked run: the model without weights, its blocks and layers, and a memory peak within the budget."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class StreamingRun:
         return stored + (self.stream_bytes * self.copies if self.peak.on_disk else 0)
 
     def run(self, progress: BlockProgress, on_block: OnBlock | None) -> tuple[Solving, int]:
-        """Prune all blocks, and run those that are done forward only; the result, and the number of the latter."""
+        """Prune all blocks; finished ones only run forward. Returns the result and the number of finished blocks."""
         folder = progress.folder
         store: StoreActivations = partial(OnDisk, folder=folder) if self.peak.on_disk else list
         state = _State(self._capture(self.data, store), store)
@@ -240,7 +240,7 @@ class StreamingRun:
         return moments
 
     def _work(self, path: str, call: BlockCall) -> int:
-        """The largest amount beside the weights: a pass with inputs and outputs of layers, or a solver and its Gram."""
+        """The largest memory beyond the weights: a pass with its activations, or a solver and its Gram matrix."""
         hidden_states = call.hidden_states
         module = self.skeleton.model.get_submodule(path)
         with self._inference(), experts_implementation(self.skeleton.model, "batched_mm"):

@@ -33,7 +33,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 class Skeleton:
-    """The model, and where each of its tensors is stored. Tied tensors stay tied, under whichever name the files have.
+    """The model, and the place of each stored tensor. Tied tensors remain tied, under any of their names in the files.
 
     aliases: all names of a tensor. like: tensors on the meta device by name. persistent: names in the state dict.
     used: names of the tensors that were loaded by `on_demand`.

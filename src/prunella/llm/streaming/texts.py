@@ -1,4 +1,4 @@
-"""The calibration text of a run on a folder: drawn once, kept beside the result, and taken up again after a kill."""
+"""The calibration text of a run on a folder: drawn once, stored with the result, and read again after a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prunella.measure.text import byte_size
 
 FORMAT = 1
 TOKENS, TEXT = "calibration.json", "calibration.txt"
-"""What the model wrote: tokens, losses and seed of each window, and the same as text for people."""
+"""Files of the model's own text: tokens, losses and seed of each window, and the same as readable text."""
 
 
 def drawn_for(
@@ -53,7 +53,7 @@ def drawn_for(
 
 
 def placeholder(calibration: Calibration, source: Path) -> Drawn:
-    """Windows of the same sizes for a forecast: other tokens stand for what the model would write."""
+    """Windows of the same sizes for a forecast, with arbitrary tokens in place of the model's own text."""
     words = max(1, int(read_config(source / "config.json").integer("vocab_size", low=1, default=1)))
     tokens = torch.arange(calibration.writes * calibration.seqlen).remainder(words)
     tokens = tokens.view(calibration.writes, calibration.seqlen)
@@ -62,7 +62,7 @@ def placeholder(calibration: Calibration, source: Path) -> Drawn:
 
 
 def write_texts(folder: Path, calibration: Calibration, drawn: Drawn, source: Path) -> None:
-    """Write what the model wrote beside the result: as tokens, and as text where `source` has a tokenizer."""
+    """Store the model's own text with the result: as tokens, and as text if `source` has a tokenizer."""
     if drawn.own is None:
         return
     own = drawn.own
@@ -84,7 +84,7 @@ def write_texts(folder: Path, calibration: Calibration, drawn: Drawn, source: Pa
 
 
 def recorded(drawn: Drawn | None) -> dict[str, Any]:
-    """What the record of the run says of its calibration: the sources, and how the model's own text was written."""
+    """The calibration in the record of the run: the sources, and the settings of the model's own text."""
     if drawn is None:
         return {}
     own = drawn.own
@@ -106,7 +106,7 @@ def _drawn(calibration: Calibration, source: Path, output: Path, budget: int | N
 
 
 def _kept(output: Path, calibration: Calibration) -> OwnText | None:
-    """What the model wrote for this request in an unfinished run; whether it is still this model, its journal knows."""
+    """The model's own text for this request from an unfinished run; the journal of the run identifies the model."""
     for folder in (output, folder_beside(output)):
         if (folder / WORK).is_dir() and (folder / TOKENS).is_file():
             stored = read_object(folder / TOKENS, todo=f"remove {folder} to start again")
@@ -134,12 +134,12 @@ def _own(stored: Fields, file: Path) -> OwnText:
 
 
 def _request(calibration: Calibration) -> Mapping[str, Any]:
-    """What decides the text of one model; files are read again, so that only the number of its own windows counts."""
+    """The settings that determine the model's own text; text files are read again and do not count."""
     return {"windows": calibration.writes, "seqlen": calibration.seqlen, "seed": calibration.seed}
 
 
 def _send(message: object, group: ProcessGroup) -> None:
-    """Tell the other processes."""
+    """Send a message to the other processes."""
     if group.world_size > 1:
         dist.broadcast_object_list([message], src=0)
 

@@ -22,13 +22,13 @@ from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.registry.serialize import described
 
 FORMAT = 2
-"""Of `run.json`; 1 had no such number and did not list the files."""
+"""Format of `run.json`; format 1 had no such number and did not list the files."""
 
 
 def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, calibration: Mapping[str, Any]) -> None:
     """Write the shard of the weights outside the blocks, then all files without weights, config.json last.
 
-    calibration: what the record says of where the batches come from.
+    calibration: the sources of the batches, for the record.
     """
     _copy_around(run, folder)
     _write_index(folder, len(run.paths) + 1)

@@ -30,8 +30,8 @@ def eager_fusions(model: nn.Module, layers: Mapping[str, nn.Module], example: In
     }
     log = _ReadLog()
     with _recording(log, layers, acts), torch.no_grad(), log:
-        out = forward(model, example)
-    for tensor in tensors(out):
+        output = forward(model, example)
+    for tensor in tensors(output):
         log.read(tensor, "")
     fusions = {}
     for name in layers:

@@ -78,7 +78,7 @@ def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> G
 
 
 def shape_of(node: Node) -> tuple[int, ...] | None:
-    """The shape of the tensor that a step computed on the example; None if its result is no tensor."""
+    """The shape of the tensor that a step computed on the example; None if its result is not a tensor."""
     meta = node.meta.get(SHAPE)
     return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
 

@@ -1,4 +1,4 @@
-"""Remove from a traced program what computes nothing, so that steps that can be fused are neighbors."""
+"""Remove identities and checks from a traced program, so that steps that can be fused become adjacent."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ FILE = Path(__file__).with_name(file_name())
 
 @cache
 def load() -> Loaded:
-    """The library beside this file, with the tier that PRUNELLA_ISA asks for. Errors: RequestError for another tier."""
+    """The library next to this file, with the tier of PRUNELLA_ISA. Errors: RequestError for another tier."""
     loaded = _open(FILE)
     if loaded.library is None:
         if FILE.exists():

@@ -1,4 +1,4 @@
-"""Whether the sparse model replaces the dense one: its output has to be the same, and it has to be faster."""
+"""Acceptance of the sparse model: its outputs have to agree with those of the dense model, and it has to be faster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunella.types import Inputs
 TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
 """The largest accepted difference of two outputs, relative to their largest value."""
 _AS_FAST = 0.97
-"""A lower ratio on the example is a loss that gains for other numbers of tokens do not make good."""
+"""A lower ratio on the example is a loss that gains for other numbers of tokens do not compensate."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The layers that a kernel can take, found in the table of `prunella.model.reads`, and why the others stay dense.
+"""The layers that a kernel can compute, by the table of `prunella.model.reads`, and why the others are kept dense.
 
 A layer is a module that multiplies its input by its weight and does nothing else. A run of the module alone shows it:
 the table names the product, and the output is compared with that of the product.
@@ -67,7 +67,7 @@ class LayerForm:
 class Layers:
     """The weights of a model that an example runs.
 
-    forms: the layers that a kernel can take. shapes: those of their inputs. others: name -> why the weight stays dense,
+    forms: the layers that a kernel can compute. shapes: those of their inputs. others: name -> why it is kept dense,
     for every other matrix of the model.
     """
 
@@ -118,7 +118,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def form_of(module: nn.Module, shape: Sequence[int]) -> LayerForm | str:
-    """How a module reads its weight, from a run on an input of this shape; or why no kernel can take it."""
+    """How a module reads its weight, from a run on an input of this shape; or why no kernel can compute it."""
     weight = weight_of(module)
     x = torch.randn(*(min(size, 2) for size in shape[:1]), *shape[1:], generator=torch.Generator().manual_seed(0))
     x, calls = x.to(weight.device, weight.dtype), _Calls()
@@ -240,7 +240,7 @@ def _recording(layers: Mapping[str, nn.Module], shapes: dict[str, set[tuple[int,
 def _reasons(
     model: nn.Module, example: Inputs, forms: Mapping[str, LayerForm], known: Mapping[str, str]
 ) -> dict[str, str]:
-    """Why each other matrix stays dense, in the order of the model; the last run of the model finds who reads it."""
+    """Why each other matrix is kept dense, in the order of the model; a last run of the model shows its readers."""
     taken = {id(model.get_submodule(name).weight) for name in forms}
     matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in taken}
     open_ones = [p for name, p in matrices.items() if known.get(_layer_name(name), NOT_CALLED) == NOT_CALLED]

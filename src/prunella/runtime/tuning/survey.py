@@ -19,7 +19,7 @@ Mask = Callable[[tuple[int, int], float, torch.Generator], Tensor]
 
 
 def without_kernels() -> str:
-    """One sentence on what is lost without the compiled kernels, and how to get them; empty where they are usable."""
+    """One sentence on the effect of missing kernels, and how to get them; empty if they are usable."""
     if library.available():
         return ""
     effect = "so zeros are skipped only by torch's CSR, which is faster from about 90 % zeros"

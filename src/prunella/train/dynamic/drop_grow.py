@@ -139,7 +139,7 @@ class DropGrow:
         self.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that decides the next updates, as tensors: step, masks, weights ever active, averaged gradients."""
+        """The state for the next updates, as tensors: step, masks, weights ever active, averaged gradients."""
         state = {"step": torch.tensor(self.taken), "due": torch.tensor(self._due), "start": torch.tensor(self._start)}
         for parameter, name in self._names.items():
             state[f"bits.{name}"] = pack(self._masks[parameter]).bits

@@ -105,6 +105,7 @@ def sparse_momentum(*, alpha: float = 0.5, memory: float = 0.9) -> Rule:
     averaged dense gradient. A share that exceeds a layer goes to the other layers. The total stays exact, and no layer
     passes density 1. Data: the training data. alpha: fraction exchanged at the first step, falling to 0 by a half
     cosine. memory: in (0, 1).
+    Errors: RequestError for numbers out of range.
 
     Use: when the right density of each layer is unknown. Avoid: tight memory or time: the dense gradient is averaged at
     every step.
@@ -124,6 +125,7 @@ def granet(*, final: float = 0.9, alpha: float = 0.5, schedule: Schedule = cubic
 
     Start dense, or at half density, and name the weights by `DropGrow(..., layers=["*.weight"])`: a layer without a
     mask that no pattern names stays dense.
+    Errors: RequestError for numbers out of range.
 
     Use: the best accuracy at a sparsity when early steps may be denser. Avoid: a fixed memory budget from the first
     step: take `rigl`.
@@ -139,6 +141,7 @@ def itop(masks: Iterable[Mapping[str, Mask]]) -> float:
 
     `R_s = |union of masks| / N` in (0, 1], over the masks (by name) of all updates so far; `R_s` never falls.
     `DropGrow.explored` is the same number, updated during training.
+    Errors: RequestError without masks.
 
     Use: checking that dynamic training explores enough; near 1 it may match a dense run. Avoid: static masks, where
     `R_s` is the density.

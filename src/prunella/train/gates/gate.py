@@ -3,7 +3,7 @@
 While gates are attached, `model.weight` is the gated weight; the trained parameters are
 `parametrizations.weight.original` and those of the gate. The model can be copied, saved by its state dict and trained
 by any loop. `merge_gates_` leaves plain weights with their former names and order; `plan_zeros` then plans the removal
-of what is zero.
+of zero units.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def step_gates_(model: M, progress: float) -> M:
     """Set the progress of training, in [0, 1], of all gates with a schedule.
 
     Call it after each step: `finetune(..., on_step=lambda step, *_: step_gates_(model, (step + 1) / steps))`.
+    Errors: RequestError for a progress out of range.
     """
     if not 0 <= progress <= 1:
         raise RequestError(f"progress={progress:g} is out of range", "it runs from 0 to 1", "pass (step + 1) / steps")

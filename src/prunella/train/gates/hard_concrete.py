@@ -83,6 +83,7 @@ def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start:
 
     Data: none of its own. Caveats: gates need a larger learning rate than weights, 0.01 to 0.1, and a penalty from
     1e-6 to 1e-3 per weight; all gates of a group may close, and `plan_zeros` then keeps the minimum of units.
+    units: from `coupled_units`. Errors: RequestError for a start that is not finite, NotSupported without units.
 
     Use: structure that the loss itself chooses, in long training. Avoid: an exact budget, or training for a few steps.
     """
@@ -100,5 +101,5 @@ def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start:
             for part in readers:
                 gates.setdefault(part.name, []).append(Opened(gate, part))
     if not gates:
-        raise NotSupported("there are no units to gate", "no weight reads the units that may go", "per_weight=True")
+        raise NotSupported("there are no units to gate", "no weight reads the prunable units", "per_weight=True")
     return attach_(model, gates)

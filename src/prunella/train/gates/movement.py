@@ -53,7 +53,7 @@ class Moved(Gate, Scheduled):
         return keep_top(self.scores.detach().flatten(), count - pruned).view_as(self.scores)
 
     def cost(self, weight: Tensor) -> Tensor:
-        """Zero: the schedule decides the sparsity."""
+        """Zero: the schedule determines the sparsity."""
         return self.scores.new_zeros(())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ def top_movement_(model: M, units: CoupledUnits, *, sparsity: float, schedule: S
     trained, so that the weight may come back.
 
     sparsity: in [0, 1), of each layer. schedule: progress in [0, 1] -> fraction of the sparsity.
+    units: from `coupled_units`. Errors: RequestError for a sparsity out of range.
 
     Use: fine-tuning a pretrained model on a small task, at high sparsity. Avoid: training from scratch.
     """
@@ -111,8 +112,9 @@ def soft_movement_(model: M, units: CoupledUnits, *, threshold: float = 0.1) -> 
     starts at 0. Data: training.
 
     threshold: in (0, 0.5), of the sigmoid.
+    units: from `coupled_units`. Errors: RequestError for a threshold out of range.
 
-    Use: movement pruning that learns how to share the budget among layers. Avoid: an exact sparsity: `top_movement_`.
+    Use: movement pruning with a learned allocation over layers. Avoid: an exact sparsity: `top_movement_`.
     """
     if not 0 < threshold < 0.5:
         raise RequestError(f"threshold={threshold:g} is out of range", "0 < threshold < 0.5", "0.1 is usual")

@@ -70,6 +70,7 @@ def supermask_(
     density: k in (0, 1], the same in every layer. only: patterns of names of parameters; parameters with at least two
     dimensions are masked. constant: first replace every weight by its sign times the standard deviation of its layer,
     which works better. seed: of the initial scores.
+    Errors: RequestError for a density out of range.
 
     Use: studying what a random network can already do; storing a network as a seed and bits. Avoid: accuracy for its
     cost: a supermask needs a wider network than training does.

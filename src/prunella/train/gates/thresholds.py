@@ -39,6 +39,7 @@ def learned_threshold_(model: M, units: CoupledUnits, *, start: float = -8.0) ->
     up to 1/2. Data: training. `merge_gates_` writes W' as plain weights; the output does not change.
 
     start: of s, finite, below 0; sigmoid(-8) = 0.0003 is far below the weights of a common layer.
+    units: from `coupled_units`. Errors: RequestError for a start that is not finite.
 
     Use: unstructured sparsity in training, with a learned sparsity for each layer. Avoid: an exact sparsity.
     """

@@ -118,6 +118,7 @@ def top_kast_(model: M, plan: Plan, *, extra: float = 0.1, every: int = 1) -> To
     the fraction of a layer's weights that gets gradients in addition to the active ones. every: steps between two
     updates of the masks. Momentum and decoupled weight decay act on all weights: take plain SGD, or decay by
     `penalty()`.
+    Errors: RequestError for numbers out of range, or a plan without masks.
 
     Use: gradients as sparse as the weights, where a dense gradient must never be formed. Avoid: tight storage: all
     weights are kept; take `rigl`.

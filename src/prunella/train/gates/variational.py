@@ -65,6 +65,7 @@ def variational_dropout_(model: M, units: CoupledUnits, *, start: float = -10.0,
     reparameterization of the paper, and needs no rule for each type of layer.
 
     start: of log sigma^2, finite; -10 is little noise. limit: of log_alpha; 3 is a dropout rate of 0.95.
+    units: from `coupled_units`. Errors: RequestError for numbers that are not finite.
 
     Use: high unstructured sparsity without a budget, in long training. Avoid: short training or a large learning rate.
     """

@@ -18,7 +18,10 @@ Penalty = Callable[[nn.Module], Tensor]
 
 
 def penalized(loss: Loss, penalty: Penalty, strength: float = 1.0) -> Loss:
-    """`loss(model, batch) + strength * penalty(model)`, for `finetune`, `distill` or your own loop."""
+    """`loss(model, batch) + strength * penalty(model)`, for `finetune`, `distill` or your own loop.
+
+    Errors: RequestError for a negative strength.
+    """
     if not strength >= 0:
         raise RequestError(f"strength={strength:g} is out of range", "it takes numbers from 0 up", "for example 1e-4")
 
@@ -35,6 +38,7 @@ def slimming(units: CoupledUnits) -> Penalty:
     `sum |gamma|`, each scale once. Returns a function of the model; the paper adds 1e-4 or 1e-5 of it to the loss.
     Data: none of its own. Then plan with the recipe `network_slimming`, shrink, and fine-tune.
     Caveats: the penalty makes small scales, not zeros, and a channel with scale 0 still outputs the constant shift.
+    units: from `coupled_units`. Errors: NotSupported without scales.
 
     Use: networks with batch norm after every convolution. Avoid: networks without, and norms whose scale the next layer
     cancels.
@@ -80,6 +84,7 @@ def group_sparsity(units: CoupledUnits, *, alpha: float = 4.0) -> Penalty:
     to `2^alpha` for the smallest. Returns a function of the model. Data: none of its own.
 
     alpha: from 0 up; 0 is plain weight decay on the units, 4 the paper's value.
+    Errors: RequestError for a negative alpha, NotSupported without coupled units.
 
     Use: before one-shot pruning by `group_norm`, where coupled layers have to agree. Avoid: weights that must not
     change.
