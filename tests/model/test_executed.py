@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from torch import nn
 
-from prunella.model.executed import Steps, executed
+from prunella.model.executed import ExecutedSteps, executed
 
 MODEL = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
 
@@ -46,7 +46,7 @@ def looped(a: int, b: int) -> int:
     return total
 
 
-def steps_of(function: Callable[[int, int], int], a: int, b: int) -> Steps:
+def steps_of(function: Callable[[int, int], int], a: int, b: int) -> ExecutedSteps:
     with executed(MODEL) as steps:
         function(a, b)
     return steps

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prunella.graph.data import PLAIN, Hints, Setting
 from prunella.graph.trace.kept_state import enter
-from prunella.model.executed import Steps, executed
+from prunella.model.executed import ExecutedSteps, executed
 from prunella.model.forward import forward, outputs_of
 from prunella.model.state import Steady
 from prunella.model.trees import each
@@ -39,7 +39,7 @@ class Seen:
 
     def __init__(self, model: nn.Module, examples: Iterable[Any], guard: Steady | None = None) -> None:
         self.model, self.guard, self.accepted = model, guard or Steady(model), False
-        self._examples, self._before, self._steps = tuple(examples), list[Seen](), Steps()
+        self._examples, self._before, self._steps = tuple(examples), list[Seen](), ExecutedSteps()
 
     def forked(self) -> Seen:
         """Another one, which has seen what this one has."""
@@ -47,13 +47,13 @@ class Seen:
         other._before.append(self)
         return other
 
-    def steps(self) -> Steps:
+    def steps(self) -> ExecutedSteps:
         """The instructions and modules so far."""
         while self._before:
             self._steps.add(self._before.pop().steps())
         examples, self._examples = self._examples, ()
         for example in examples:
-            self._steps.add(self._run(example) or Steps())
+            self._steps.add(self._run(example) or ExecutedSteps())
         return self._steps
 
     def codes(self) -> set[CodeType]:
@@ -72,7 +72,7 @@ class Seen:
 
     def _run(
         self, batch: Any, observer: AbstractContextManager[Any] | None = None, setting: Setting = PLAIN
-    ) -> Steps | None:
+    ) -> ExecutedSteps | None:
         """The steps of one batch; None if the model does not accept it."""
         try:
             with ExitStack() as stack:

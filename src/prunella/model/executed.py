@@ -32,18 +32,18 @@ _LEAVES = frozenset({"RETURN_VALUE", "RAISE_VARARGS", "RERAISE", "YIELD_VALUE", 
 
 
 @dataclass(frozen=True)
-class Steps:
+class ExecutedSteps:
     """What has run. places: function -> its lines, as negative numbers, or its instructions. modules: identities."""
 
     places: dict[CodeType, set[int]] = field(default_factory=dict)
     modules: set[int] = field(default_factory=set)
 
-    def __le__(self, other: Steps) -> bool:
+    def __le__(self, other: ExecutedSteps) -> bool:
         """Whether all of this is in `other`."""
         known = all(code in other.places and places <= other.places[code] for code, places in self.places.items())
         return known and self.modules <= other.modules
 
-    def add(self, other: Steps) -> None:
+    def add(self, other: ExecutedSteps) -> None:
         """Add what has run in another run."""
         self.modules.update(other.modules)
         for code, places in other.places.items():
@@ -51,12 +51,12 @@ class Steps:
 
 
 @contextmanager
-def executed(model: nn.Module) -> Iterator[Steps]:
+def executed(model: nn.Module) -> Iterator[ExecutedSteps]:
     """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called.
 
     A line stands for its instructions where none of them runs without the others.
     """
-    steps = Steps()
+    steps = ExecutedSteps()
     tracers: dict[int, Callable[..., Any] | None] = {}  # by identity: a function of many constants is slow to hash
 
     def entered(frame: FrameType, _: str, __: Any) -> Any:
@@ -76,7 +76,7 @@ def executed(model: nn.Module) -> Iterator[Steps]:
             handle.remove()
 
 
-def _tracer(code: CodeType, steps: Steps) -> Callable[..., Any] | None:
+def _tracer(code: CodeType, steps: ExecutedSteps) -> Callable[..., Any] | None:
     """What follows a function that runs; None where it has no branch."""
     places = steps.places.setdefault(code, set())
     mixed = _mixed_lines(code)

@@ -45,7 +45,7 @@ from prunella.graph.solve.other_branches import hints
 from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
-from prunella.graph.solve.unread_sizes import never_read, twins, unread_sizes
+from prunella.graph.solve.unread_sizes import never_read, same_sizes, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work
 from prunella.graph.trace.tracked_int import holder
 from prunella.graph.trace.training import sharing, trace_modes
@@ -119,7 +119,7 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
     axes = tuple(_frozen(equations, record))
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
     attributes = _attributes(equations, record, numbers)
-    attributes = (*attributes, *twins(model, attributes))
+    attributes = (*attributes, *same_sizes(model, attributes))
     taken = [(attribute.owner, attribute.name) for attribute in attributes]
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},

@@ -69,7 +69,7 @@ def unread_sizes(
     ]
 
 
-def twins(model: nn.Module, attributes: Sequence[Attribute]) -> Iterator[Attribute]:
+def same_sizes(model: nn.Module, attributes: Sequence[Attribute]) -> Iterator[Attribute]:
     """The sizes of containers that hold the same names and sizes as one that follows a cut, in the same owner.
 
     Such as the arguments of a module that it was made with, which a copy of it is made with again.
