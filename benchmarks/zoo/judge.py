@@ -185,6 +185,11 @@ def runs_wide(model: nn.Module, inputs: Any) -> bool:
     return True
 
 
+def _run_copy(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """`run` of a copy: some models keep what they meet first."""
+    return run(clone(model), inputs)
+
+
 def error(dense: nn.Module, small: nn.Module, inputs: Any, *, wide: bool) -> float:
     """How far the smaller model is from the masked one, relative; `wide`: in float64 if the dense model can.
 
@@ -192,7 +197,7 @@ def error(dense: nn.Module, small: nn.Module, inputs: Any, *, wide: bool) -> flo
     else only makers, are zeroed.
     """
     cuts = removed(dense, small)
-    answer = run_wide if wide and runs_wide(dense, inputs) else run
+    answer = run_wide if wide and runs_wide(dense, inputs) else _run_copy
     found = answer(small, inputs)
     worst = float("inf")
     for axes in ("all", "others", "first"):

@@ -103,9 +103,6 @@ MODELS: dict[str, tuple[Make, str]] = {
     "vit_pytorch.cvt": (
         make("vit_pytorch.cvt:CvT", num_classes=10, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=48, s2_heads=2,
              s3_heads=3, s2_depth=1, s3_depth=1), "2x3x32x32"),
-    "vit_pytorch.twins": (
-        make("vit_pytorch.twins_svt:TwinsSVT", num_classes=10, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=32,
-             s4_emb_dim=48, s3_depth=1, s4_depth=1), "2x3x224x224"),
     "vit_pytorch.scalable": (
         make("vit_pytorch.scalable_vit:ScalableViT", num_classes=10, dim=16, heads=(2, 2), depth=(1, 1),
              reduction_factor=(4, 2), window_size=(8, None), ssa_dim_key=8, ssa_dim_value=8, iwsa_dim_key=8,
@@ -241,7 +238,6 @@ MODELS: dict[str, tuple[Make, str]] = {
     "kornia.hardnet": (make("kornia.feature:HardNet", pretrained=False), "2x1x32x32"),
     "kornia.sosnet": (make("kornia.feature:SOSNet", pretrained=False), "2x1x32x32"),
     "kornia.hynet": (make("kornia.feature:HyNet", pretrained=False), "2x1x32x32"),
-    "kornia.defmo": (make("kornia.feature:DeFMO", pretrained=False), "1x6x64x64"),
     "kornia.tiny_vit": (make("kornia.models.tiny_vit:TinyViT", img_size=64, num_classes=10, embed_dims=[16, 32, 32, 48],
                              depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 3), window_sizes=(4, 4, 4, 2)), "2x3x64x64"),
     **{f"pytorchcv.{name}": _cv(name, "1x3x224x224") for name in (
