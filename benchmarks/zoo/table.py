@@ -145,7 +145,7 @@ def _wild(rows: list[Row]) -> str:
 
 def _best(row: Row) -> float:
     """The largest share of the parameters that any way reaches."""
-    return max(row.get("reach", 0.0), row.get("reach_wide", 0.0), row.get("reach_program") or 0.0)
+    return float(max(row.get("reach", 0.0), row.get("reach_wide", 0.0), row.get("reach_program") or 0.0))
 
 
 def _wild_row(row: Row) -> str:

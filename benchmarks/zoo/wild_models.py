@@ -64,8 +64,8 @@ def _yolo(name: str) -> tuple[Make, str]:
     return make("ultralytics.nn.tasks:DetectionModel", f"{name}.yaml", verbose=False), "2x3x64x64"
 
 
-FLAT = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
-BLOCKS = {"channels": (8, 16, 32), "strides": (2, 2)}
+FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+BLOCKS: dict[str, Any] = {"channels": (8, 16, 32), "strides": (2, 2)}
 
 MODELS: dict[str, tuple[Make, str]] = {
     # vit-pytorch
