@@ -234,6 +234,8 @@ MODELS: dict[str, tuple[Make, str]] = {
     "efficientnet_pytorch.b0": (make("efficientnet_pytorch:EfficientNet.from_name", "efficientnet-b0"), "2x3x64x64"),
     "resnest.50": (make("resnest.torch:resnest50"), "2x3x64x64"),
     "pretrainedmodels.polynet": (make("pretrainedmodels:xception", pretrained=None), "2x3x96x96"),
+    "pretrainedmodels.dpn68": (make("pretrainedmodels:dpn68", pretrained=None), "2x3x224x224"),
+    "pretrainedmodels.se_resnet50": (make("pretrainedmodels:se_resnet50", pretrained=None), "2x3x224x224"),
     "lightly.resnet": (make("lightly.models:ResNetGenerator", "resnet-9", width=0.25), "2x3x32x32"),
     "kornia.hardnet": (make("kornia.feature:HardNet", pretrained=False), "2x1x32x32"),
     "kornia.sosnet": (make("kornia.feature:SOSNet", pretrained=False), "2x1x32x32"),
