@@ -92,13 +92,13 @@ def _edge(ladders: Sequence[Tensor], met: Callable[[Counts], bool]) -> float:
     filled = [ladder for ladder in ladders if len(ladder)]
     low = min(_ordinal(float(ladder[0])) for ladder in filled)
     high = max(_ordinal(float(ladder[-1])) for ladder in filled)
-    known: dict[Counts, bool] = {}
+    met_at: dict[Counts, bool] = {}
     while low < high:
         middle = (low + high) // 2
         counts = _passed(ladders, _from_ordinal(middle), right=True)
-        if counts not in known:
-            known[counts] = met(counts)
-        if known[counts]:
+        if counts not in met_at:
+            met_at[counts] = met(counts)
+        if met_at[counts]:
             high = middle
         else:
             low = middle + 1

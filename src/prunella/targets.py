@@ -238,23 +238,23 @@ _OTHER_WORDS = {
 
 def _meant_by(text: str) -> tuple[str, str] | None:
     """Why a target in the words of other tools is not valid, and what to write; None for unknown words."""
-    asked, _, amount = (part.strip() for part in text.partition("="))
-    asked = asked.lower()
-    if asked in ("flop", "flops", "gflops", "mflops"):
+    name, _, amount = (part.strip() for part in text.partition("="))
+    name = name.lower()
+    if name in ("flop", "flops", "gflops", "mflops"):
         share = re.fullmatch(r"0?\.\d+|1(\.0*)?|\d+(\.\d+)?%", amount)
         why = "FLOPs are 2 * MACs, so the share is the same and a number is half"
-        unit = asked[0].upper() if asked[0] in "gm" and not share else ""
+        unit = name[0].upper() if name[0] in "gm" and not share else ""
         return why, f"use --target macs={amount if share else _halved(amount) + unit}"
     if (
-        asked in ("speedup", "speed-up", "speed")
+        name in ("speedup", "speed-up", "speed")
         and re.fullmatch(r"\d+(\.\d+)?x?", amount)
         and float(amount.rstrip("x"))
     ):
         return "a target says what is kept", f"use --target latency={1 / float(amount.rstrip('x')):.3g}"
-    if asked in _OTHER_WORDS:
-        return f"it is called {_OTHER_WORDS[asked]} here", f"use --target {_OTHER_WORDS[asked]}={amount}"
-    if asked in _KINDS and re.fullmatch(r"\d+,\d+\s*%?", amount):
-        return "a number has a point", f"did you mean --target {asked}={amount.replace(',', '.')}?"
+    if name in _OTHER_WORDS:
+        return f"it is called {_OTHER_WORDS[name]} here", f"use --target {_OTHER_WORDS[name]}={amount}"
+    if name in _KINDS and re.fullmatch(r"\d+,\d+\s*%?", amount):
+        return "a number has a point", f"did you mean --target {name}={amount.replace(',', '.')}?"
     return None
 
 

@@ -63,8 +63,10 @@ def from_scan(pools: Sequence[Pool], *, drops: Drops = _NO_DROPS) -> list[Tensor
     _check_names(drops, pools)
     curves = {pool.name: _curve(drops[pool.name], pool.size) for pool in pools if pool.name in drops}
     last = max((float(keys[-1]) for keys in curves.values() if len(keys)), default=0.0)
-    rest = [(torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) + last for pool in pools]
-    return [curves.get(pool.name, other) for pool, other in zip(pools, rest, strict=True)]
+    keys_without_curve = [
+        (torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) + last for pool in pools
+    ]
+    return [curves.get(pool.name, other) for pool, other in zip(pools, keys_without_curve, strict=True)]
 
 
 def _curve(points: Sequence[Sequence[float]], size: int) -> Tensor:

@@ -94,7 +94,7 @@ def bench(
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
         why += f"; {near}" if unknown and (near := near_names(unknown[0], BACKENDS)) else ""
         raise RequestError("the backends cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
-    rows, left, record = list[Timed](), dict[str, str](), ""
+    rows, left_out, record = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model = copied(model).cpu().eval().requires_grad_(False)
     for count in sorted(set(threads) or {1, usable}):
@@ -107,13 +107,13 @@ def bench(
                         try:
                             runs[backend] = _MAKERS[backend](model, example_of_batch, precision, Path(folder), seed)
                         except PruningError as error:
-                            left[backend] = f"{error.what}: {error.why}" if error.why else error.what
+                            left_out[backend] = f"{error.what}: {error.why}" if error.why else error.what
                 if "sparse" in runs:
                     record = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
                     rows += _rows(runs, batch, count, rounds, seed)
     kernels = library.isa() if library.available() else "none"
-    return Bench(tuple(rows), left, record, cpu_name(), kernels)
+    return Bench(tuple(rows), left_out, record, cpu_name(), kernels)
 
 
 def _rows(

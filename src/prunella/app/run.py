@@ -125,8 +125,8 @@ def _run(
             rounds=_rounds(model, inputs),
         ).with_cut(cut if recovered else {})  # fmt: skip
         if job.data is not None:
-            apart = _apart(model, small, job, job.data)
-            compared = replace(compared, difference=apart, compared_on="the first batch of the data")
+            difference = _apart(model, small, job, job.data)
+            compared = replace(compared, difference=difference, compared_on="the first batch of the data")
         if planned.changes and not recovered:
             compared = replace(compared, caveats=(NOT_RECOVERED, *compared.caveats))
         outputs = _outputs(small, inputs)

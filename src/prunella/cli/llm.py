@@ -88,13 +88,13 @@ def llm(
         folder, recipe, data = _read(model, zeros, text)
         if speaks:
             note(f"{_named(data, text)}; the same command resumes a killed run")
-        done = solve_folder(
+        streamed = solve_folder(
             folder, output, recipe, data=Split(data, _held_out(folder, text)), memory=memory,
             skip=tuple(zeros.skip or ()), overwrite=overwrite,
             on_block=_told() if speaks else None,
         )  # fmt: skip
     if speaks:
-        _say(done, as_json=as_json)
+        _say(streamed, as_json=as_json)
 
 
 def _forecast(model: str, zeros: Zeros, text: Text, memory: str | None, *, as_json: bool) -> None:

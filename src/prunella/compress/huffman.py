@@ -98,14 +98,14 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
     sizes = np.zeros(2**symbol_bits, dtype=np.int64)
     for symbol, length in lengths.items():
         table[symbol], sizes[symbol] = codes[symbol], length
-    own = flat.numpy()
-    size = sizes[own]
+    symbol_array = flat.numpy()
+    size = sizes[symbol_array]
     total = int(size.sum())
     ends = np.cumsum(size)
-    where = np.repeat(np.arange(len(own)), size)
+    where = np.repeat(np.arange(len(symbol_array)), size)
     depth = np.repeat(ends, size) - 1 - np.arange(total)  # bits of the code that follow this one
-    bits = (table[own[where]] >> depth) & 1
-    return Encoded(np.packbits(bits.astype(np.uint8)).tobytes(), total, lengths, len(own), symbol_bits)
+    bits = (table[symbol_array[where]] >> depth) & 1
+    return Encoded(np.packbits(bits.astype(np.uint8)).tobytes(), total, lengths, len(symbol_array), symbol_bits)
 
 
 def decode(encoded: Encoded) -> Tensor:

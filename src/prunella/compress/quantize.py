@@ -96,13 +96,13 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
     Use: measuring the effect of quantization on a pruned model, and as the last step after `quantization_aware`. Avoid:
     a smaller or faster model: take `to_int8_`.
     """
-    done = []
+    rounded = []
     with torch.no_grad():
         for name, parameter in _weights(model, only):
             value = quantize_weight(parameter, bits=bits).weight()
-            done.append(compare(name, parameter, value, bits))
+            rounded.append(compare(name, parameter, value, bits))
             parameter.copy_(value)
-    return tuple(done)
+    return tuple(rounded)
 
 
 @compression(source="Jacob et al. 2018, arXiv:1712.05877; Bengio et al. 2013, arXiv:1308.3432 (straight-through)")

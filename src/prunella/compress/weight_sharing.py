@@ -153,8 +153,8 @@ def deep_compression_(
     must be decoded first.
     """
     bare = unwrap(model)
-    every = list(bare.named_parameters())
-    chosen = [(n, p) for n, p in every if p.dim() > 1 and any(fnmatchcase(n, pattern) for pattern in only)]
+    parameters = list(bare.named_parameters())
+    chosen = [(n, p) for n, p in parameters if p.dim() > 1 and any(fnmatchcase(n, pattern) for pattern in only)]
     if not chosen:
         raise RequestError(
             f"only={list(only)!r} names no weight", "weights have two axes or more", "see named_parameters()"
@@ -165,8 +165,8 @@ def deep_compression_(
         for (_, parameter), sharing in zip(chosen, shared, strict=True):
             parameter.copy_(sharing.weight())
     names = {name for name, _ in chosen}
-    other = sum(p.nbytes * 8 for n, p in every if n not in names)
-    return DeepCompression(layers, other, sum(p.nbytes * 8 for _, p in every))
+    other = sum(p.nbytes * 8 for n, p in parameters if n not in names)
+    return DeepCompression(layers, other, sum(p.nbytes * 8 for _, p in parameters))
 
 
 def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) -> SharedStorage:

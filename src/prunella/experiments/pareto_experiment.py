@@ -149,18 +149,18 @@ def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cel
     seeds = dict.fromkeys(task.seed for task in tasks) if journal else {}
     shared = {seed: _identity(tasks[0].experiment, seed) for seed in seeds}
     names = [task.identity(shared[task.seed]) for task in tasks] if shared else []
-    done = {index: cell for index, name in enumerate(names) if journal and (cell := _known(journal, name))}
-    remaining = [index for index in range(len(tasks)) if index not in done]
+    cells = {index: cell for index, name in enumerate(names) if journal and (cell := _known(journal, name))}
+    remaining = [index for index in range(len(tasks)) if index not in cells]
     for index, cell in _run_tasks(tasks, remaining, jobs):
-        done[index] = cell
-        if cell.error and cell.method == DENSE_NAME and len(done) == 1:
+        cells[index] = cell
+        if cell.error and cell.method == DENSE_NAME and len(cells) == 1:
             raise unmeasured(cell)
         if journal:
             journal.add(names[index], CELL, asdict(cell))
         if on_cell:
-            on_cell(cell, len(done), len(tasks))
+            on_cell(cell, len(cells), len(tasks))
     _dense.cache_clear()
-    return [replace(done[index], method=task.method) for index, task in enumerate(tasks)]
+    return [replace(cells[index], method=task.method) for index, task in enumerate(tasks)]
 
 
 def _frontier(

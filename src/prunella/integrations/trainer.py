@@ -152,8 +152,10 @@ def _add_distillation(model: nn.Module, how: Distillation) -> RemovableHandle:
             why = "the model returned no loss and logits for this batch"
             todo = "give labels in the batch, without label_smoothing_factor and compute_loss_func"
             raise RequestError("distillation adds to the loss that the model computes itself", why, todo)
-        known = {name: value for name, value in keywords.items() if name not in ("labels", "num_items_in_batch")}
-        divergence = how.divergence(logits, how.teach(arguments, known).logits.to(logits.device))
+        keywords_of_model = {
+            name: value for name, value in keywords.items() if name not in ("labels", "num_items_in_batch")
+        }
+        divergence = how.divergence(logits, how.teach(arguments, keywords_of_model).logits.to(logits.device))
         output.loss = (1 - how.alpha) * loss + how.alpha * _mean(divergence, keywords).to(loss)
         return output
 

@@ -241,7 +241,9 @@ class _Matcher:
         """Gradient steps for the whole block."""
         assert self.how.refine is not None
         named = dict(self.model.named_parameters(remove_duplicate=False))
-        masks = {named[name]: mask for name, mask in self.masks.items() if inside(name, block.path)}
+        masks = {
+            named[name]: mask.to(named[name].device) for name, mask in self.masks.items() if inside(name, block.path)
+        }
         refined = refine_(self.model.get_submodule(block.path), outputs, targets, masks, self.how.refine)
         before = math.sqrt(refined.before) if fit.skipped else fit.before
         return BlockFit(fit.name, fit.layer or "all", before, math.sqrt(refined.after))

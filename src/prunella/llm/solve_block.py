@@ -27,6 +27,7 @@ from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
 from prunella.llm.shrinkage import shrink_change_
 from prunella.measure.clock import now
+from prunella.model.autocast import autocast_off
 from prunella.model.copying import copied
 from prunella.model.observed_reads import Read, Unread, View
 from prunella.model.trees import tensors
@@ -276,7 +277,7 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
 
     def add(read: Read) -> None:
         nonlocal left
-        with torch.autocast(read.x.device.type, enabled=False):
+        with autocast_off(read.x.device.type).entered():
             for part, number in parts_read(read, layer).items():
                 for x, _ in read.columns(number) if part in total else ():
                     single = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -344,7 +345,7 @@ def _solve_matrix(
     sparsity = how.sparsity_of(layer)
     assert sparsity is not None
     matrix = _single(to_matrix(*matrix_of(weight.detach(), layer, part)))
-    with torch.autocast(weight.device.type, enabled=False):
+    with autocast_off(weight.device.type).entered():
         solved = how.method(matrix, statistics[part].gram, how.pattern, sparsity=sparsity)
     return _fitting(solved, matrix, done.name)
 

@@ -141,15 +141,15 @@ def token_agreement(
     kl, same, count = 0.0, 0, 0
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
         for batch in batches(data):
-            one, other = (_logits(first_tensor(outputs(model, batch))) for model in (dense, pruned))
-            if one.shape != other.shape:
-                why = f"{tuple(one.shape)} against {tuple(other.shape)}"
+            dense_logits, pruned_logits = (_logits(first_tensor(outputs(model, batch))) for model in (dense, pruned))
+            if dense_logits.shape != pruned_logits.shape:
+                why = f"{tuple(dense_logits.shape)} against {tuple(pruned_logits.shape)}"
                 raise RequestError("the logits have different shapes", why, "compare models of one vocabulary")
-            for p, q in zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True):
+            for p, q in zip(torch.split(dense_logits, _ROWS), torch.split(pruned_logits, _ROWS), strict=True):
                 first, second = p.double().log_softmax(-1), q.double().log_softmax(-1)
                 kl += float((first.exp() * (first - second)).sum())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            count += len(one)
+            count += len(dense_logits)
     return TokenAgreement(kl / count, same / count, count)
 
 

@@ -189,16 +189,16 @@ def _einsum_of(equation: str, operands: Sequence[Tensor]) -> Iterator[Product]:
     for part, tensor in zip(parts, operands, strict=True):
         for letter, size in zip(part, tensor.shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1)) if size else 0
-    for k, (weight, own) in enumerate(zip(operands, parts, strict=True)):
-        rest = [(part, t) for j, (part, t) in enumerate(zip(parts, operands, strict=True)) if j != k]
-        if len(set(own)) < len(own) or not rest:
+    for k, (weight, letters) in enumerate(zip(operands, parts, strict=True)):
+        others = [(part, t) for j, (part, t) in enumerate(zip(parts, operands, strict=True)) if j != k]
+        if len(set(letters)) < len(letters) or not others:
             continue
-        thin = [n for n, a in enumerate(own) if weight.shape[n] == 1 and sizes[a] > 1]
+        thin = [n for n, a in enumerate(letters) if weight.shape[n] == 1 and sizes[a] > 1]
         for n in reversed(thin):
-            weight, own = weight.squeeze(n), own[:n] + own[n + 1 :]
-        theirs = "".join(dict.fromkeys(a for part, _ in rest for a in part if a in own or a in output))
-        if all(a in theirs or a in output for a in own):
-            yield Product(weight, _joined(rest, theirs, sizes), Contraction(theirs, own, output))
+            weight, letters = weight.squeeze(n), letters[:n] + letters[n + 1 :]
+        theirs = "".join(dict.fromkeys(a for part, _ in others for a in part if a in letters or a in output))
+        if all(a in theirs or a in output for a in letters):
+            yield Product(weight, _joined(others, theirs, sizes), Contraction(theirs, letters, output))
 
 
 def _joined(rest: Sequence[tuple[str, Tensor]], axes: str, sizes: dict[str, int]) -> Callable[[], Tensor]:

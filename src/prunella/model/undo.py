@@ -139,22 +139,22 @@ def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
     if type(value) in _ATOMS or id(value) in seen:
         return
     seen.add(id(value))
-    inner: Iterable[Any] = ()
+    contents: Iterable[Any] = ()
     if type(value) in CONTAINERS:
         yield _content_of(value)
-        inner = value.values() if isinstance(value, dict) else value
+        contents = value.values() if isinstance(value, dict) else value
     if isinstance(value, Tensor):
         yield value_of(value)
     if _is_plain_object(value):
         yield _content_of(vars(value))
-        inner = vars(value).values()
+        contents = vars(value).values()
     slots = _slots_of(value)
     if slots:
         yield _slots_undo(value, slots)
-        inner = slots.values()
+        contents = slots.values()
     if isinstance(value, torch.Generator):
         yield _state_of(value)
-    for item in list(inner) if depth < _DEPTH else ():
+    for item in list(contents) if depth < _DEPTH else ():
         if not isinstance(item, Tensor | nn.Module):  # their content is large
             yield from _undos_of(item, seen, depth + 1)
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prunella.model.autocast import Autocast, autocast_on
 from prunella.model.observed_reads import Homes, Norm, Read, Unread, View
 from prunella.model.product import NotReadable, Product, operation
 from prunella.model.reads import products, unreadable
@@ -45,14 +45,13 @@ class _Pending:
     product: Product
     version: int
     single: bool
-    autocast: tuple[str, torch.dtype, bool]
+    autocast: Autocast
 
     def refresh(self) -> bool:
         """Compute the output again, in place."""
         if not self.single or _version(self.product.x) != self.version:
             return False
-        device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+        with self.autocast.entered():
             return self._refresh()
 
     def _refresh(self) -> bool:
@@ -133,7 +132,7 @@ class Watch(TorchFunctionMode):
         bias = _bias(product, view)
         # copies, since later operations may work in place
         read = Read(weight, view, product.form, product.x.detach().clone(), y.detach().clone(), bias, part=part)
-        pending = _Pending(read, y, (call,), product, _version(product.x), len(homes) == 1, _autocast(y.device.type))
+        pending = _Pending(read, y, (call,), product, _version(product.x), len(homes) == 1, autocast_on(y.device.type))
         if number == len(homes) - 1:
             self._pending.append(pending)
         else:  # only the last product of a call gives its result
@@ -228,11 +227,6 @@ def _norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Norm | None:
     if at["training"] or at["running_mean"] is None or at["running_var"] is None:
         return None
     return Norm(at["running_mean"], at["running_var"], at["weight"], at["bias"], at["eps"])
-
-
-def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
-    """Device, type and state of autocast here: a model may set it for a part of its source."""
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
 def _version(tensor: Tensor) -> int:

@@ -47,10 +47,10 @@ class ByHand:
             if not isinstance(by_layer, Mapping):
                 why = f"it is a {type(by_layer).__name__}; a mapping from the name of a layer is needed"
                 raise RequestError(f"{option}= is not read", why, f"for example {option}={_EXAMPLES[option]}")
-        both = [name for name in self.remove if name in self.keep] + [n for n in self.ratios if n in self.counts]
-        if both:
+        named_twice = [name for name in self.remove if name in self.keep] + [n for n in self.ratios if n in self.counts]
+        if named_twice:
             raise RequestError(
-                f"{both[0]} is named twice", "two options determine what is pruned of it", "give one of the two"
+                f"{named_twice[0]} is named twice", "two options determine what is pruned of it", "give one of the two"
             )
         for name, ratio in self.ratios.items():
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
@@ -291,18 +291,18 @@ def _quotas(
     frozen: Sequence[Frozen],
     names: Mapping[str, set[str]],
 ) -> dict[str, Quota]:
-    asked = {name: Quota(ratio=ratio) for name, ratio in by_hand.ratios.items()}
-    asked |= {name: Quota(count=count) for name, count in by_hand.counts.items()}
-    for pattern in asked:
-        if not any(matches(pattern, known) for known in names.values()):
+    quota_of = {name: Quota(ratio=ratio) for name, ratio in by_hand.ratios.items()}
+    quota_of |= {name: Quota(count=count) for name, count in by_hand.counts.items()}
+    for pattern in quota_of:
+        if not any(matches(pattern, names_of) for names_of in names.values()):
             raise _unknown(graph, members, frozen, pattern)
     quotas = {}
-    for key, known in names.items():
-        matching = [pattern for pattern in asked if matches(pattern, known)]
+    for key, names_of in names.items():
+        matching = [pattern for pattern in quota_of if matches(pattern, names_of)]
         exact = [pattern for pattern in matching if not _is_pattern(pattern)]
         if matching:
             # Of two exact names the longer one is nearer to the layer: `layer2.0` comes before `layer2`.
-            quotas[key] = asked[max(exact, key=len) if exact else matching[-1]]
+            quotas[key] = quota_of[max(exact, key=len) if exact else matching[-1]]
     return quotas
 
 

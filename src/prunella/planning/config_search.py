@@ -130,7 +130,7 @@ def search(
 ) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
     """Repeat the change that corrects the most shapes, until all are right or none helps."""
     config, taken = copy.deepcopy(dict(dense)), list[ConfigPath]()
-    right, useless, again = _right(build, config, small), set[Change](), False
+    right, useless, is_undone = _right(build, config, small), set[Change](), False
     while right < len(small):
         singles = [c for c in _candidates(config, sizes) if c not in useless and c.path not in {*without, *taken}]
         scores = [(_right(build, changed(config, c), small), (c,)) for c in singles]
@@ -140,15 +140,15 @@ def search(
         pairs = [(a, b) for i, a in enumerate(invalid) for b in invalid[i + 1 :] if a.ratio == b.ratio]
         scores += [(_right(build, changed(config, *pair), small), pair) for pair in pairs]  # type: ignore[misc]
         best = max(scores, key=lambda entry: entry[0], default=(right, ()))
-        if best[0] <= right and again:
-            useless, again = (
+        if best[0] <= right and is_undone:
+            useless, is_undone = (
                 set(),
                 False,
             )  # earlier changes may help now, with the other axis of their tensors corrected
             continue
         if best[0] <= right:
             return None
-        again = True
+        is_undone = True
         right, config = best[0], changed(config, *best[1])
         taken += [change.path for change in best[1]]
     return config, tuple(taken)

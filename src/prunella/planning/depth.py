@@ -150,11 +150,11 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
     with untouched(blocks.model, 0), torch.no_grad(), _streams(blocks.model, stack) as (enters, leaves):
         for batch in batches(data):
             source.run(blocks.model, batch)
-            one, other = (torch.stack([_unit(kept[p], last) for p in stack.paths], 1) for kept in (enters, leaves))
-            for a, b in zip(torch.split(one, 256), torch.split(other, 256), strict=True):
+            inputs, outputs = (torch.stack([_unit(kept[p], last) for p in stack.paths], 1) for kept in (enters, leaves))
+            for a, b in zip(torch.split(inputs, 256), torch.split(outputs, 256), strict=True):
                 cosine = torch.einsum("tld,tmd->lmt", a.double(), b.double()).clamp(-1, 1)
                 total += (cosine.arccos() / math.pi).sum(-1).cpu()
-            count += len(one)
+            count += len(inputs)
     angle = total / max(1, count)
     where = {name: k for k, name in enumerate(blocks.graph.orders[stack.name])}
     place = torch.tensor([where[path.rpartition(".")[2]] for path in stack.paths])

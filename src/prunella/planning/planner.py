@@ -133,14 +133,14 @@ def plan_structure(request: Request) -> Plan:
 
     An input of another size on which the cut is wrong is traced too: it shows what is coupled or frozen there.
     """
-    asked = request
+    original = request
     for _ in range(MOST_EXAMPLES):
         request, keep, frozen = _described(request, _scored(request))
         other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
         if other is None:
             _check_branches(request, keep)
             plan = _plan_of(request, keep, frozen)
-            return replace(plan, remarks=(*plan.remarks, *_added(asked, request)))
+            return replace(plan, remarks=(*plan.remarks, *_added(original, request)))
         request = with_example(request, other)
     raise NotSupported(
         "the cuts of this model are exact for the size of the example only",

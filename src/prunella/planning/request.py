@@ -171,9 +171,9 @@ def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
         raise NotSupported("there are no tokens to remove", why, "leave Vocabulary out")
     specials = request.graph.specials.values()
     named = [token for value in specials for token in (value if isinstance(value, tuple) else (value,))]
-    beyond = [token for token in vocabulary.tokens if token >= table.size]
-    if beyond:
-        raise RequestError(f"there is no token {beyond[0]}", f"{table.name} has {table.size} rows")
+    out_of_range = [token for token in vocabulary.tokens if token >= table.size]
+    if out_of_range:
+        raise RequestError(f"there is no token {out_of_range[0]}", f"{table.name} has {table.size} rows")
     keep = torch.zeros(table.size, dtype=torch.bool)
     keep[[*vocabulary.tokens, *(token for token in named if 0 <= token < table.size)]] = True
     return {table.name: keep}

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from prunella.errors import NotSupported
+from prunella.model.autocast import Autocast, all_entered, autocasts
 from prunella.model.copying import copied
 from prunella.model.observed_reads import Read
 from prunella.model.watch import Stop, Watch
@@ -83,8 +84,8 @@ class PausedPass:
         try:
             if not self._ends:
                 watch = Watch(self._weights, self._pause)
-                device, enabled, dtype, inference = self._settings
-                with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, dtype, enabled), watch:
+                autocast, inference = self._settings
+                with torch.inference_mode(inference), torch.no_grad(), all_entered(autocast), watch:
                     self._run()
                 watch.finish()
         except Stop:
@@ -149,12 +150,6 @@ def _bound(run: Callable[[nn.Module, Any], object], model: nn.Module, batch: Any
     return lambda: run(model, batch)
 
 
-def _settings() -> tuple[str, bool, torch.dtype, bool]:
-    """What a new thread does not inherit: autocast (device, enabled, dtype), and inference mode."""
-    device = "cuda" if torch.cuda.is_available() and torch.is_autocast_enabled("cuda") else "cpu"
-    return (
-        device,
-        torch.is_autocast_enabled(device),
-        torch.get_autocast_dtype(device),
-        torch.is_inference_mode_enabled(),
-    )
+def _settings() -> tuple[tuple[Autocast, ...], bool]:
+    """What a new thread does not inherit: autocast, and inference mode."""
+    return autocasts(), torch.is_inference_mode_enabled()

@@ -135,8 +135,8 @@ def tiles(report: Report) -> tuple[Tile, ...]:
         f"{shown(took.before, 'seconds')} → {shown(took.after, 'seconds')}; {interval}",
         "good" if ratio.faster else "plain",
     )
-    wanted = ("multiply-adds", "parameters", "non-zero weights", "size on disk")
-    sizes = [_size_tile(m) for name in wanted for m in report.metrics if m.name == name]
+    shown_first = ("multiply-adds", "parameters", "non-zero weights", "size on disk")
+    sizes = [_size_tile(m) for name in shown_first for m in report.metrics if m.name == name]
     scores = [
         Tile(m.name, f"{m.after:.4g}", f"{m.before:.4g} before, {m.change}")
         for m in report.metrics

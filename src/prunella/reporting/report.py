@@ -199,8 +199,8 @@ class Report:
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
         table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
         headline = f"{self.model} on {self.inputs}: {self.verdict}"
-        apart = f"largest output difference: {self.difference:.2g} of the largest output, on {self.compared_on}"
-        end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
+        difference = f"largest output difference: {self.difference:.2g} of the largest output, on {self.compared_on}"
+        end = [difference if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
         return "\n".join([headline, *self.caveats, "", table_text, "", *end, *parts])
 
@@ -333,13 +333,13 @@ def _layers(
     """Leaf modules of both models that have a weight of two axes or more, under their names in the dense one."""
     others, lines = dict(small.named_modules()), []
     for name, module in dense.named_modules():
-        now = new_name(dense, dropped, name) or ""
-        old, new = getattr(module, "weight", None), getattr(others.get(now), "weight", None)
+        new_path = new_name(dense, dropped, name) or ""
+        old, new = getattr(module, "weight", None), getattr(others.get(new_path), "weight", None)
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.dim() < 2:
             continue
         zero = 1 - int(torch.count_nonzero(new)) / new.numel() if new.numel() else 0.0
-        cost = work[0].by_module.get(name, 0), work[1].by_module.get(now, 0)
-        took = seconds[0].get(name, 0.0), seconds[1].get(now, 0.0)
+        cost = work[0].by_module.get(name, 0), work[1].by_module.get(new_path, 0)
+        took = seconds[0].get(name, 0.0), seconds[1].get(new_path, 0.0)
         lines.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
     return tuple(lines)
 

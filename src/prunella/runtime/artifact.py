@@ -78,11 +78,11 @@ def save_sparse(
         why = "its layers were fused, so it is a traced program"
         raise RequestError("this model needs its factory to be saved", why, "pass factory=, or sparse(..., fuse=False)")
     with new_folder(path, overwrite=overwrite) as folder:
-        inner = folder / "dense"
-        save(restored(bare), inner, plan=plan, factory=factory, kwargs=kwargs, source=source)
-        names = _packed(inner, folder, tuple(sparse_layers(bare)))
-        manifest = dict(read_manifest(inner).data)
-        shutil.rmtree(inner)
+        dense_folder = folder / "dense"
+        save(restored(bare), dense_folder, plan=plan, factory=factory, kwargs=kwargs, source=source)
+        names = _packed(dense_folder, folder, tuple(sparse_layers(bare)))
+        manifest = dict(read_manifest(dense_folder).data)
+        shutil.rmtree(dense_folder)
         manifest["tensors"] = names.described
         fused = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
         fused = {name: path for name, path in fused.items() if path}

@@ -57,10 +57,10 @@ def evolve(
         return space.evaluate(evaluate, counts)
 
     with _study(space, evaluate, storage, ["maximize"], f"evolve {target}", seed) as study:
-        done = _run(study, objective, trials)
+        trials_here = _run(study, objective, trials)
         best = study.best_trial
     shares = space.shares(tuple(best.user_attrs["counts"]))
-    return SearchResult(shares, float(best.value), float(best.user_attrs["cost"]), done)
+    return SearchResult(shares, float(best.value), float(best.user_attrs["cost"]), trials_here)
 
 
 @search(source="Deb et al. 2002, doi:10.1109/4235.996017; Akiba et al. 2019, arXiv:1907.10902")
@@ -92,9 +92,9 @@ def evolve_front(
         return space.evaluate(evaluate, counts), cost(counts)
 
     with _study(space, evaluate, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed) as study:
-        done = _run(study, objective, trials)
+        trials_here = _run(study, objective, trials)
         best = [(space.shares(tuple(trial.user_attrs["counts"])), *trial.values) for trial in study.best_trials]
-    results = [SearchResult(shares, float(value), float(spent), done) for shares, value, spent in best]
+    results = [SearchResult(shares, float(value), float(spent), trials_here) for shares, value, spent in best]
     unique = {(result.cost, result.value): result for result in results}
     return tuple(unique[key] for key in sorted(unique))
 

@@ -107,7 +107,7 @@ def _scanned(
 
     dense, curves = point("", nothing), {}
     for index, name in enumerate(space.names):
-        wanted = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
-        points = {count: point(name, (*nothing[:index], count, *nothing[index + 1 :])) for count in wanted}
+        removals = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
+        points = {count: point(name, (*nothing[:index], count, *nothing[index + 1 :])) for count in removals}
         curves[name] = tuple((count / space.sizes[index], value) for count, value in points.items())
     return Scan(dense, {name: curve for name, curve in curves.items() if curve}, records.added)

@@ -54,7 +54,8 @@ def admm(
     damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     scaled = damped / torch.outer(norms, norms)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + torch.eye(len(gram), dtype=torch.float64)))
+    shifted = scaled + torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     # Factors in float64. Steps in float32 unless the weights are finer: A + I has no eigenvalue below 1.
     working = torch.promote_types(weight.dtype, torch.float32)
     inverse, norms = inverse.to(working), norms.to(working)

@@ -42,7 +42,7 @@ class TotalSlope:
         total = sum(
             float((weights[name].detach() * grad).abs().sum(dtype=torch.float64)) for name, grad in grads.items()
         )
-        return {name: torch.full((), total, dtype=grad.dtype).expand(grad.shape) for name, grad in grads.items()}
+        return {name: grad.new_full((), total).expand(grad.shape) for name, grad in grads.items()}
 
 
 class HessianGrad:
@@ -124,11 +124,11 @@ def flow(subject: Subject) -> dict[str, Tensor]:
     model itself does not run.
     """
     positive = _positive(subject)
-    ones = _ones(subject.inputs)
+    input_of_ones = _ones(subject.inputs)
     weights = dict(positive.named_parameters(remove_duplicate=False))
     parameters = [weights[name] for name in subject.scored]
     with torch.enable_grad():
-        total = sum((t.sum() for t in outputs_of(positive, ones) if t.is_floating_point()), torch.zeros(()))
+        total = sum((t.sum() for t in outputs_of(positive, input_of_ones) if t.is_floating_point()), torch.zeros(()))
         gradients: Any = (None,) * len(parameters)
         if total.requires_grad:
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -65,13 +65,15 @@ def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int
     order = list(sections)
     random.Random(seed).shuffle(order)
     count = round(held_out * len(order))
-    apart = tuple(order[:count])
-    held_out_sentences = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
+    held_out_sections = tuple(order[:count])
+    held_out_sentences = {
+        sentence for section in held_out_sections for sentence in _sentences(f"{section.first} {section.rest}")
+    }
     passages: list[str] = []
     for section in order[count:]:
         fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in held_out_sentences]
         passages += _pack(fresh, len(passages))
-    return Corpus(tuple(passages), apart)
+    return Corpus(tuple(passages), held_out_sections)
 
 
 def _cut(text: str) -> Iterator[tuple[str, str]]:

@@ -191,8 +191,8 @@ def channels_last_(program: GraphModule) -> bool:
         node.replace_all_uses_with(image, delete_user_cb=lambda user, image=image: user is not image)
     if len(shape) == 4:
         with graph.inserting_after(result):
-            back = graph.call_method("contiguous", (result,))
-        result.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+            restored = graph.call_method("contiguous", (result,))
+        result.replace_all_uses_with(restored, delete_user_cb=lambda user: user is not restored)
     graph.lint()
     program.recompile()
     return True

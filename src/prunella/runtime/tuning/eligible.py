@@ -167,13 +167,13 @@ def _form(module: nn.Module, calls: _Calls) -> LayerForm | str:
         if unreadable(name):
             return str(Unread(name, unreadable(name)))
         try:
-            every = list(products(name, args, kwargs))
+            products_called = list(products(name, args, kwargs))
         except NotReadable as error:
             return str(Unread(name, str(error)))
-        own = [product for product in every if product.operand.data_ptr() == address]
-        if not own and name not in _SUMS:
+        own_products = [product for product in products_called if product.operand.data_ptr() == address]
+        if not own_products and name not in _SUMS:
             return f"its module also calls {name}"
-        reads += [(name, product.form) for product in own]
+        reads += [(name, product.form) for product in own_products]
     if len(reads) != 1:
         return "its module does not multiply by it once"
     ((name, form),) = reads

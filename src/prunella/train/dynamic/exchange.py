@@ -49,14 +49,16 @@ def fair_shares(total: int, weights: Sequence[float], rooms: Sequence[int]) -> l
     if total > sum(rooms):
         raise ValueError(f"cannot place {total} in {sum(rooms)}")
     shares, open_ = [0.0] * len(rooms), [i for i, room in enumerate(rooms) if room]
-    left = float(total)
-    while open_ and left > 0:
+    remaining = float(total)
+    while open_ and remaining > 0:
         mass = sum(weights[i] for i in open_)
-        want = {i: left * (weights[i] / mass if mass > 0 else rooms[i] / sum(rooms[j] for j in open_)) for i in open_}
+        want = {
+            i: remaining * (weights[i] / mass if mass > 0 else rooms[i] / sum(rooms[j] for j in open_)) for i in open_
+        }
         full = [i for i in open_ if want[i] >= rooms[i]]
         for i in full:
             shares[i] = float(rooms[i])
-            left -= rooms[i]
+            remaining -= rooms[i]
         open_ = [i for i in open_ if i not in full]
         if not full:
             for i in open_:

@@ -91,8 +91,8 @@ def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start:
         raise RequestError(f"start={start} is out of range", "log_alpha is a finite number", "2.5 opens, 0 half")
     named = units.named(model)
     if per_weight:
-        ones = {x.entity: torch.ones_like(named[x.entity].detach()) for x in units.layers}
-        return attach_(model, {name: [HardConcrete(one, start)] for name, one in ones.items()})
+        full_gates = {x.entity: torch.ones_like(named[x.entity].detach()) for x in units.layers}
+        return attach_(model, {name: [HardConcrete(one, start)] for name, one in full_gates.items()})
     gates: dict[str, list[nn.Module]] = {}
     for group in units.groups:
         readers = [part for part in group.slices if part.role == "in"]
