@@ -35,7 +35,8 @@ def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _set_in_methods(module: nn.Module) -> frozenset[str]:
     own = module.__dict__.get("forward")
     replaced = _stored(own.__code__) if isinstance(own, FunctionType | MethodType) else frozenset()
-    return _set_by(type(module)) | replaced
+    kind: type[Any] = type(module)
+    return _set_by(kind) | replaced
 
 
 @cache
