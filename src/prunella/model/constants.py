@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -35,14 +35,13 @@ def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _set_in_methods(module: nn.Module) -> frozenset[str]:
     own = module.__dict__.get("forward")
     replaced = _stored(own.__code__) if isinstance(own, FunctionType | MethodType) else frozenset()
-    kind: Hashable = type(module)
-    return _set_by(kind) | replaced
+    return _set_by(type(module).__mro__) | replaced
 
 
 @cache
-def _set_by(kind: Hashable) -> frozenset[str]:
-    """The attributes that methods of a class set once the module is made."""
-    bases = [base for base in getattr(kind, "__mro__", ()) if not base.__module__.startswith("torch.")]
+def _set_by(kinds: tuple[type, ...]) -> frozenset[str]:
+    """The attributes that methods of a class and its bases set once the module is made."""
+    bases = [base for base in kinds if not base.__module__.startswith("torch.")]
     named: list[tuple[str, Any]] = [entry for base in bases for entry in vars(base).items()]
     methods = [value for name, value in named if isinstance(value, FunctionType) and name not in _MAKERS]
     return frozenset().union(*(_stored(method.__code__) for method in methods))
