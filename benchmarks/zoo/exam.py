@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import judge
+import second
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 import prunella as pr
 from prunella.graph.data import ReasonKind
 from prunella.graph.solve.groups import couple
+from prunella.planning.reach import WIDER, in_program, reach
 
 Build = Callable[[], tuple[nn.Module, Any]]
 OUTPUTS = "outputs.safetensors"
@@ -25,6 +27,8 @@ EXACT, SINGLE = 1e-9, 1e-4
 ROUNDINGS = 4
 """Both models round: where float32 alone moves the output by more than `SINGLE`, so many times that is allowed."""
 SHARE = 0.3
+LITTLE = 0.5
+"""Of the parameters: a model with less within reach is captured as a program too, which takes seconds."""
 SORTED = "detection."
 """Boxes are sorted by scores that random weights make nearly equal: in float32 rounding decides, so float64 judges."""
 
@@ -50,7 +54,7 @@ class Exam:
     error64: float = -1.0
     error32: float = -1.0
     noise32: float = 0.0
-    """How far the smaller model in float32 is from itself in float64; measured where `error32` is large."""
+    """How far the smaller or the dense model in float32 is from itself in float64; where `error32` is large."""
     couple_s: float = 0.0
     prune_s: float = 0.0
     reload: str = ""
@@ -59,6 +63,14 @@ class Exam:
     frozen: tuple[tuple[str, int], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
     """Kinds of units beyond channels and heads that the model has: `exact` by the tool's own check, or why not."""
+    plan_cpu_s: float = 0.0
+    """Processor time of `plan` alone, after the model was coupled once."""
+    second: tuple[tuple[str, str], ...] = ()
+    """Second batch, second size, gradients, training step: `exact`, `not taken` by the dense model, or what differs."""
+    reach_wide: float = 0.0
+    """`reach` with widths and experts, which change what a norm or a router sees."""
+    reach_program: float | None = None
+    """`reach` as a program, where little else is and sizes of the source keep many parameters."""
 
 
 def examine(
@@ -74,13 +86,16 @@ def examine(
         facts["couple_s"] = time.perf_counter() - start
         plain = [group for group in graph.groups if group.kind in ("channel", "head")]
         facts |= {"groups": len(plain), "units": sum(g.size for g in plain), "reach": _reach(graph, plain)}
-        facts["frozen"] = _reasons(graph.frozen)
+        facts |= {"frozen": _reasons(graph.frozen), "reach_wide": reach(graph, WIDER)}
         start = time.perf_counter()
-        kinds = (pr.Channel(), pr.Head())
+        kinds, begun = (pr.Channel(), pr.Head()), time.process_time()
         plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, kinds, pr.uniform), target=pr.Sparsity(SHARE))
+        facts["plan_cpu_s"] = time.process_time() - begun
         small = pr.shrink(model, plan)
         facts["prune_s"] = time.perf_counter() - start
     except pr.PruningError as error:
+        if facts.get("groups") == 0:  # all units lie along norms: do they go by themselves?
+            facts["others"] = _others(model, inputs, graph, ("width", "expert"))
         return asdict(Exam(suite, name, "prunella", "refused", " ".join(str(error).split())[:300], **facts))
     except Exception as error:
         return asdict(Exam(suite, name, "prunella", "traceback", f"{type(error).__name__}: {error}"[:300], **facts))
@@ -88,7 +103,10 @@ def examine(
     facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
     facts["set_aside"] = sum(f.kind is ReasonKind.UNPROVEN for f in plan.frozen)
     facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
-    facts["others"] = _others(model, inputs, graph)
+    kinds_of_units = ("width", "expert") if suite == "wild" else tuple(OTHERS)
+    facts["others"] = _others(model, inputs, graph, kinds_of_units)
+    if suite == "wild":
+        facts |= _beyond(model, small, inputs, graph)
     if full and facts["verdict"] == "exact":
         facts["exported"] = _export(small, inputs, scratch / "model.pt2")
         facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
@@ -105,17 +123,30 @@ def _compare(model: nn.Module, small: nn.Module, inputs: Any, *, sorts: bool) ->
         return {"verdict": "wrong", "why": f"the cut model does not run: {type(error).__name__}: {error}"[:300]}
     wide = judge.runs_wide(model, inputs)
     if wide and found["error32"] > SINGLE:
-        found["noise32"] = judge.distance(judge.run(small, inputs), judge.run_wide(small, inputs))
+        both = [judge.distance(judge.run(m, inputs), judge.run_wide(m, inputs)) for m in (small, model)]
+        found["noise32"] = max(both)
     single = max(SINGLE, ROUNDINGS * found.get("noise32", 0.0))
     exact = found["error64"] <= (EXACT if wide else SINGLE) and (found["error32"] <= single or (sorts and wide))
     return {**found, "verdict": "exact" if exact else "wrong"}
 
 
-def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str], ...]:
+def _beyond(model: nn.Module, small: nn.Module, inputs: Any, graph: Any) -> dict[str, Any]:
+    """The second batch and size, gradients and training, and the reach as a program."""
+    facts: dict[str, Any] = {"second": second.examine(model, small, inputs)}
+    if any(text.startswith("differs") for _, text in facts["second"]):
+        facts |= {"verdict": "wrong", "why": str(facts["second"])}
+    try:
+        facts["reach_program"] = in_program(model, inputs, graph) if reach(graph, WIDER) < LITTLE else None
+    except Exception as error:
+        facts |= {"verdict": "traceback", "why": f"as a program: {type(error).__name__}: {error}"[:300]}
+    return facts
+
+
+def _others(model: nn.Module, inputs: Any, graph: Any, tried: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """The same share of every width, of the experts, of the blocks and of the tokens, each kind alone."""
-    kinds = {group.kind for group in (*graph.groups, *graph.stacks)}
+    kinds = {group.kind for group in (*graph.groups, *graph.stacks)} & {*tried}
     found = []
-    for kind in sorted(kinds - {"channel", "head"}):
+    for kind in sorted(kinds):
         granularity = OTHERS[kind](graph)
         target = None if kind == "vocabulary" else pr.Sparsity(SHARE)
         try:

@@ -3,8 +3,9 @@
     python benchmarks/zoo/run.py torchvision [PATTERN ...] [--full] [--rival] [--jobs 2] [--limit 300]
     python benchmarks/zoo/run.py table
 
-Suites: torchvision, timm (the smallest model of each family), transformers (small configurations). Weights are random,
-norm statistics too. `--full` stores, loads in a fresh process and exports as well; `--rival` tries Torch-Pruning.
+Suites: torchvision, timm (the smallest model of each family), transformers (small configurations) and wild (packages of
+PyPI). Weights are random, norm statistics too. `--full` stores, loads in a fresh process and exports as well; `--rival`
+tries Torch-Pruning.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -31,7 +33,7 @@ import made
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = {"torchvision": "vision", "timm": "families", "transformers": "hub"}
+SUITES = {"torchvision": "vision", "timm": "families", "transformers": "hub", "wild": "wild"}
 EVERY = 5
 """Of so many models one is written as ONNX too."""
 
@@ -45,6 +47,8 @@ def one(suite: str, name: str, options: argparse.Namespace, scratch: Path, out: 
     """Examine one model and write the result; runs in a process of its own."""
     build = lambda: suite_module(suite).build(name)  # noqa: E731
     number = suite_module(suite).names().index(name)
+    if options.memory:
+        resource.setrlimit(resource.RLIMIT_AS, (options.memory << 30, options.memory << 30))
     try:
         if options.rival:
             import rival_zoo
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
     parser.add_argument("--missing", action="store_true", help="only models without a result of this kind")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--memory", type=int, default=0, help="GiB of address space for a model, 0 for any")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds of processor time")
     options = parser.parse_args()
     if options.suite == "table":
@@ -132,6 +137,8 @@ def main() -> None:
         importlib.import_module("torch._dynamo")  # every export imports it: once here, not in each process
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    if options.suite == "wild":
+        suite_module("wild").load(options.patterns)
     names = [n for n in suite_module(options.suite).names() if any(fnmatch.fnmatch(n, p) for p in options.patterns)]
     if options.missing:
         folder = RESULTS / (f"{options.suite}-rival" if options.rival else options.suite)

@@ -10,6 +10,7 @@ from typing import Any
 
 PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
 SUITES = ("torchvision", "timm", "transformers")
+WILD = "wild"
 Row = dict[str, Any]
 
 
@@ -30,7 +31,9 @@ def write(results: Path) -> str:
             *(_summary(suite, *found) for suite, found in parts.items() if found[0]),
         ]
     )
+    wild = [row for row in read(results / WILD) if row["verdict"] != "not built"]
     text = [HEAD, summary, _others(parts), *(_suite(suite, *found) for suite, found in parts.items() if found[0])]
+    text[3:3] = [_wild(wild)] if wild else []
     PAGE.write_text("\n\n".join(text) + "\n")
     return summary
 
@@ -39,7 +42,7 @@ def _others(parts: dict[str, tuple[list[Row], list[Row]]]) -> str:
     """Widths, experts, blocks and tokens, where a model has them."""
     lines = [
         "The same share of other units, each kind alone, as far as a model has them. *Masked* has its own meaning for"
-        " each (`docs/granularity.md`). Here the tool's own check judges: the oracle of the zoo knows channels and"
+        " each (`docs/granularity.md`). Here the tool's own check compares: the oracle of the zoo knows channels and"
         " heads.",
         "",
         "| suite | unit | models that have it | exact | refused with a reason | traceback |",
@@ -103,6 +106,66 @@ def _suite(suite: str, ours: list[Row], theirs: list[Row]) -> str:
     return "\n".join([*lines, "", *[note.replace("|", "/").replace("<", "&lt;") for note in notes]]).rstrip()
 
 
+def _wild(rows: list[Row]) -> str:
+    """Packages of PyPI: the summary, one line for each model, and the reasons of those with little within reach."""
+    built, exact = len(rows), [row for row in rows if row["verdict"] == "exact"]
+    count = Counter(row["verdict"] for row in rows)
+    best = {row["name"]: _best(row) for row in rows}
+    attention = [best[row["name"]] for row in exact if any(word in row["name"] for word in ATTENTION)]
+    packages = {row["name"].partition(".")[0] for row in rows}
+    little = [row for row in rows if best[row["name"]] < LITTLE]
+    seconds = [row["plan_cpu_s"] for row in exact]
+    facts = [
+        f"{built} models of {len(packages)} packages: {count['exact']} exact ({count['exact'] / built:.1%}),"
+        f" {count['refused']} refused with a reason, {count['wrong']} wrong without a word,"
+        f" {count['traceback'] + count['time']} tracebacks or out of time.",
+        f"Within reach, median: {median(row['reach'] for row in exact):.0%} by channels and heads,"
+        f" {median(best[row['name']] for row in exact):.0%} with widths and experts (models of attention:"
+        f" {median(attention):.0%}). Below half: {len(little)} ({len(little) / built:.1%}).",
+        f"`plan` takes {median(seconds):.2f} s of processor time in the median, {max(seconds):.1f} s at most, on a"
+        " machine that other work shared.",
+    ]
+    lines = [
+        "## Packages of PyPI",
+        "",
+        WILD_HEAD,
+        "",
+        *facts,
+        "",
+        "| model | verdict | error, float64 | second batch | second size | gradients | training step | parameters left"
+        " | in reach | with widths | widths, experts | plan, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        *map(_wild_row, rows),
+        "",
+        f"With less than {LITTLE:.0%} within reach, or refused, and what keeps most of it:",
+        "",
+    ]
+    return "\n".join([*lines, *map(_little, [row for row in rows if row in little or row["verdict"] != "exact"])])
+
+
+def _best(row: Row) -> float:
+    """The largest share of the parameters that any way reaches."""
+    return float(max(row.get("reach", 0.0), row.get("reach_wide", 0.0), row.get("reach_program") or 0.0))
+
+
+def _wild_row(row: Row) -> str:
+    answers = dict(map(tuple, row.get("second", ())))
+    shown = [answers.get(key, "") for key in ("second batch", "second size", "gradients", "training step")]
+    other = ", ".join(f"{kind} {text.partition(':')[0]}" for kind, text in row.get("others", ()))
+    error = f"{row['error64']:.0e}" if row.get("error64", -1.0) >= 0 else ""
+    numbers = (
+        f"{row.get('params_left', 1):.2f} | {row.get('reach', 0):.0%} | {row.get('reach_wide', 0):.0%} | {other} | "
+        f"{row.get('plan_cpu_s', 0):.1f}"
+    )
+    return f"| {row['name']} | {row['verdict']} | {error} | {' | '.join(shown)} | {numbers} |"
+
+
+def _little(row: Row) -> str:
+    reasons = "; ".join(f"{text} ({count})" for text, count in row.get("frozen", [])[:3])
+    why = f"{row['verdict']}: {row['why'][:160]}" if row["verdict"] != "exact" else f"{_best(row):.0%}"
+    return f"- {row['name']}: {why}: {reasons}".replace("|", "/").replace("<", "&lt;")
+
+
 def _short(text: str) -> str:
     return text if text in ("", "yes") else "no"
 
@@ -118,11 +181,20 @@ group go, chosen at random; the oracle reads what was removed off the values of 
 the dense one, and compares the outputs: `exact` is a relative difference of at most 1e-9 in float64 (where the model
 runs in float64) and 1e-4 in float32, with outputs of the same shape. Where float32 moves the output of the smaller
 model by more than that on its own, four times its own rounding is allowed. Detectors, which sort boxes by scores that
-random weights make nearly equal, are judged in float64 alone.
+random weights make nearly equal, are compared in float64 alone.
 
 *In reach* is the part of the parameters that would go if every group kept a single unit; the rest is frozen, and
-`prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
+`prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and kept dense.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
 `differs` means that it runs but does not compute what the masked model computes (a normalization over a pruned axis
 counts as that). Its limit was 20 to 90 seconds a model: one that ran into it was not judged, and has a column
 of its own. A row is the last run of its model; the engine has gone on since some of them."""
+
+WILD_HEAD = """Models as others write them, small and with random weights (`benchmarks/zoo/wild_models.py` names them),
+under the same oracle, which also compares a second number of samples, a second size, and the gradients of the masked
+model at the positions that are kept; then the smaller model takes one step of training. `not taken` is what the dense
+model itself refuses. *With widths* adds the units along which a norm runs, and experts; they are cut by `Width()` and
+`Expert()`, where the tool's own check compares."""
+
+ATTENTION = ("vit_pytorch", "x_transformers", ".lm", "transformer", "former", "vit", "ViT", "UNETR", "perceiver", ".ft")
+LITTLE = 0.5

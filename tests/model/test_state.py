@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunella.llm.streaming.memory import Live
-from prunella.model.state import mode, untouched
+from prunella.model.state import Steady, mode, untouched
 from tests.graphs import mlp
 
 
@@ -216,3 +216,43 @@ def test_a_hook_that_a_run_adds_is_gone_after_it() -> None:
         model(x)
         assert model._forward_hooks
     assert not model._forward_hooks
+
+
+class Writing(nn.Module):
+    """Every run counts in a buffer, in an attribute and in a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("runs", torch.zeros(1))
+        self.count, self.log = 0, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight += 1
+        self.runs += 1
+        self.count += 1
+        self.log.append(self.count)
+        return x + self.runs + self.count + self.weight.sum()
+
+
+def test_many_runs_begin_with_the_same_model() -> None:
+    model, x = Writing().train(), torch.zeros(1)
+    steady = Steady(model, values=True)
+    for _ in range(3):
+        with steady.run():
+            assert not model.training
+            assert model(x).item() == 4
+            model(x).sum().backward()
+        assert model.training and model.weight.grad is None
+        assert model.count == 0 and not model.log
+        assert model.runs.item() == 0 and model.weight.sum().item() == 0
+
+
+def test_an_undo_that_fails_does_not_keep_the_others_from_it() -> None:
+    model, x = Writing(), torch.zeros(1)
+    steady = Steady(model)
+    steady._undos.insert(3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ZeroDivisionError), steady.run():
+        model(x)
+    assert model.count == 0 and model.runs.item() == 0 and model.training

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prunella.graph.nested_sizes import changed
 from prunella.types import Keep
 
 Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
@@ -29,7 +30,10 @@ def left(places: tuple[Place, ...], keep: Keep) -> bool:
 
 @dataclass(frozen=True)
 class Entity:
-    """One parameter or buffer. Tied tensors are one entity with several names. trainable: `requires_grad`."""
+    """One parameter, buffer or constant. Tied tensors are one entity with several names. trainable: `requires_grad`.
+
+    itemsize: bytes of a number, 0 for a constant, which no state holds.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -233,10 +237,8 @@ class Attribute:
 
 
 def placed(old: Any, index: int, value: int) -> Any:
-    """An attribute with a new value: an integer (`index` -1), or a list or tuple with one other entry."""
-    if index < 0:
-        return value
-    return type(old)(value if k == index else entry for k, entry in enumerate(old))
+    """An attribute with a new value: an integer (`index` -1), or a container with one other size."""
+    return value if index < 0 else changed(old, lambda place, size: value if place == index else size)
 
 
 @dataclass(frozen=True)

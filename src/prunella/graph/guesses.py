@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from prunella.graph.data import PLAIN, Hints, Setting
 from prunella.graph.trace.kept_state import enter
-from prunella.model.executed import Step, executed
+from prunella.model.executed import ExecutedSteps, executed
 from prunella.model.forward import forward, outputs_of
-from prunella.model.state import untouched
+from prunella.model.state import Steady
 from prunella.model.trees import each
 
 _RUNS = 24
@@ -32,23 +32,51 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """The instructions and modules run so far. accepted: whether the model accepted the last batch."""
+    """The instructions and modules run so far. accepted: whether the model accepted the last batch.
 
-    def __init__(self, model: nn.Module, examples: Iterable[Any]) -> None:
-        self.model, self.steps, self.accepted = model, set[Step](), False
+    The examples run once a batch is accepted. Between the runs the model must not change.
+    """
+
+    def __init__(self, model: nn.Module, examples: Iterable[Any], guard: Steady | None = None) -> None:
+        self.model, self.guard, self.accepted = model, guard or Steady(model), False
+        self._examples, self._before, self._steps = tuple(examples), list[Seen](), ExecutedSteps()
+
+    def forked(self) -> Seen:
+        """Another one, which has seen what this one has."""
+        other = Seen(self.model, (), self.guard)
+        other._before.append(self)
+        return other
+
+    def steps(self) -> ExecutedSteps:
+        """The instructions and modules so far."""
+        while self._before:
+            self._steps.add(self._before.pop().steps())
+        examples, self._examples = self._examples, ()
         for example in examples:
-            self.new(example)
+            self._steps.add(self._run(example) or ExecutedSteps())
+        return self._steps
 
     def codes(self) -> set[CodeType]:
         """The functions of the source that have run."""
-        return {step[0] for step in self.steps if isinstance(step, tuple)}
+        return set(self.steps().places)
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model accepts this batch, with finite outputs, and runs something new on it."""
-        steps, self.accepted = set[Step](), False
+        steps = self._run(batch, observer, setting)
+        self.accepted = steps is not None
+        if steps is None:
+            return False
+        fresh = not steps <= self.steps()
+        self._steps.add(steps)
+        return fresh
+
+    def _run(
+        self, batch: Any, observer: AbstractContextManager[Any] | None = None, setting: Setting = PLAIN
+    ) -> ExecutedSteps | None:
+        """The steps of one batch; None if the model does not accept it."""
         try:
             with ExitStack() as stack:
-                stack.enter_context(untouched(self.model))
+                stack.enter_context(self.guard.run())
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
@@ -56,14 +84,9 @@ class Seen:
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
-        except Exception:  # a probe: whatever it raises, the model does not take this batch
-            return False
-        if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
-            return False
-        self.accepted = True
-        fresh = not steps <= self.steps
-        self.steps |= steps
-        return fresh
+        except Exception:  # a probe: whatever it raises, the model does not accept this batch
+            return None
+        return steps if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()) else None
 
 
 def sizes_to_try(main: Tensor, hints: Hints) -> list[tuple[frozenset[int], int, bool]]:

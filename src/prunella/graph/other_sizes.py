@@ -8,7 +8,8 @@ the axes that may be an image or a sequence. Sizes that the dense model does not
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ from prunella.graph.resized import (
     turned,
 )
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.verify import check, relative_error, verify
+from prunella.graph.verify import Oracle, check, relative_error
 from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
-from prunella.model.state import untouched
+from prunella.model.state import Steady, untouched
 from prunella.model.trees import tensors
 from prunella.types import Keep
 
@@ -54,9 +55,10 @@ def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str
     if not applied or not ran:
         return ""
     change_(small, applied)
+    oracle = Oracle(model, small, applied)
     for branch in ran:
         batch = inputs if branch.batch is None else branch.batch
-        if not _agrees(model, small, applied, batch, example=branch.example, setting=branch.setting):
+        if not _agrees(oracle, batch, example=branch.example, setting=branch.setting):
             return branch.text
     return ""
 
@@ -67,16 +69,18 @@ def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others
     if not applied:
         return None
     change_(small, applied)
+    oracle = Oracle(model, small, applied)
     for batch in other_sizes(model, inputs, others, graph.hints):
-        if not _agrees(model, small, applied, batch):
+        if not _agrees(oracle, batch):
             return batch
     return None
 
 
 def check_sizes(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, others: Sequence[Any] = ()) -> None:
     """`check` on inputs of other sizes than those of the examples. Errors: `CheckFailed`, `NotSupported`."""
+    oracle = Oracle(dense, small, applied)
     for batch in other_sizes(dense, inputs, others):
-        if _agrees(dense, small, applied, batch):
+        if _agrees(oracle, batch):
             continue
         try:
             check(dense, small, applied, batch)
@@ -93,35 +97,15 @@ def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints
     given = [tensor for tensor in tensors(inputs) if tensor.dim()]
     if not given or any(parameter.is_meta for parameter in model.parameters()) or _may_crash(model):
         return
-    known = {_shapes(example) for example in (inputs, *others)}
-
-    def first(batches: Iterable[Any]) -> list[Any]:
-        """The first of these batches that is new and that the dense model accepts."""
-        for batch in batches:
-            if _shapes(batch) not in known and _runs(model, batch):
-                known.add(_shapes(batch))
-                return [batch]
-        return []
-
     main = max(given, key=lambda tensor: tensor.numel())
-    count = main.shape[0]
-    more = count + 1 if count < _SAMPLES else _SAMPLES - 1
+    probes = _Probes(model, inputs, others, hints, main)
     # An index out of range is an error on a CPU; an accelerator does not survive it.
     if main.device.type != "cpu" and not all(tensor.is_floating_point() for tensor in given):
-        yield from first([samples(inputs, count, count + 1)])
+        yield from probes.first([samples(inputs, main.shape[0], main.shape[0] + 1)])
         return
-    both = first(samples(batch, count, more) for batch in resized(inputs, main))
-    yield from both or first([samples(inputs, count, more)])
-    yield from [] if both else first(resized(inputs, main))
-    yield from first([samples(inputs, count, 1)])
-    for size, other in hints.turns[:_MOST]:
-        for batch in turned(inputs, main, size, other):  # all of them: which axis decides is unknown
-            yield from first([batch])
-    for axis, size, other in hints.alone[:_MOST]:
-        if axis < main.dim() and main.shape[axis] == size:
-            yield from first(stretched(inputs, main, frozenset([axis]), other))
-    yield from _guessed(model, inputs, others, hints, main, first)
-    yield from _of_other_form(model, inputs, others, hints, main)
+    yield from probes.usual()
+    yield from probes.guessed()
+    yield from probes.of_other_form()
 
 
 def _may_crash(model: nn.Module) -> bool:
@@ -135,60 +119,95 @@ _UNCHECKED = frozenset("lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _thnn_fused_
 """Operations whose checks of sizes are in the module around them."""
 
 
-def _guessed(
-    model: nn.Module,
-    inputs: Any,
-    others: Sequence[Any],
-    hints: Hints,
-    main: Tensor,
-    first: Callable[[Iterable[Any]], list[Any]],
-) -> Iterator[Any]:
-    """Batches on which the source runs something new, although no comparison shows it."""
-    sizes = sizes_to_try(main, hints)
-    if not sizes and not hints.values:
-        return
-    seen, told = Seen(model, (inputs, *others)), {True: 0, False: 0}
-    for axes, other, anyway in sizes:
-        for batch in stretched(inputs, main, axes, other):
-            fresh = seen.new(batch)
-            if seen.accepted and (fresh or anyway) and told[fresh] < _MOST:
-                told[fresh] += 1
+class _Probes:
+    """Runs of the dense model on batches made from the example. known: shapes of the examples, and of what was given.
+
+    All runs are of one model, which each of them leaves as it was.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Any, others: Sequence[Any], hints: Hints, main: Tensor) -> None:
+        self.model, self.inputs, self.examples = model, inputs, (inputs, *others)
+        self.hints, self.main, self.guard = hints, main, Steady(model)
+        self.known = {_shapes(example) for example in self.examples}
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the source does on the examples."""
+        return Seen(self.model, self.examples, self.guard)
+
+    def runs(self, batch: Any) -> bool:
+        """Whether the model accepts a batch, with finite outputs."""
+        try:
+            with self.guard.run(), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outputs = outputs_of(self.model, batch)
+        except Exception:  # a probe: whatever it raises, the model does not take this size
+            return False
+        return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+
+    def first(self, batches: Iterable[Any]) -> list[Any]:
+        """The first of these batches that is new and that the dense model accepts."""
+        for batch in batches:
+            if _shapes(batch) not in self.known and self.runs(batch):
+                self.known.add(_shapes(batch))
+                return [batch]
+        return []
+
+    def usual(self) -> Iterator[Any]:
+        """Another number of samples and another image or sequence, and what turns a comparison of the source."""
+        inputs, main, first = self.inputs, self.main, self.first
+        count = main.shape[0]
+        more = count + 1 if count < _SAMPLES else _SAMPLES - 1
+        both = first(samples(batch, count, more) for batch in resized(inputs, main))
+        yield from both or first([samples(inputs, count, more)])
+        yield from [] if both else first(resized(inputs, main))
+        yield from first([samples(inputs, count, 1)])
+        for size, other in self.hints.turns[:_MOST]:
+            for batch in turned(inputs, main, size, other):  # all of them: which axis decides is unknown
                 yield from first([batch])
-    for batch in other_values(inputs) if hints.values else ():
-        if seen.new(batch):
-            yield batch
+        for axis, size, other in self.hints.alone[:_MOST]:
+            if axis < main.dim() and main.shape[axis] == size:
+                yield from first(stretched(inputs, main, frozenset([axis]), other))
+
+    def guessed(self) -> Iterator[Any]:
+        """Batches on which the source runs something new, although no comparison shows it."""
+        sizes = sizes_to_try(self.main, self.hints)
+        if not sizes and not self.hints.values:
+            return
+        seen, told = self.seen.forked(), {True: 0, False: 0}
+        for axes, other, anyway in sizes:
+            for batch in stretched(self.inputs, self.main, axes, other):
+                fresh = seen.new(batch)
+                if seen.accepted and (fresh or anyway) and told[fresh] < _MOST:
+                    told[fresh] += 1
+                    if _shapes(batch) not in self.known:
+                        self.known.add(_shapes(batch))
+                        yield batch
+        for batch in other_values(self.inputs) if self.hints.values else ():
+            if seen.new(batch):
+                yield batch
+
+    def of_other_form(self) -> Iterator[Any]:
+        """Batches with another number of axes or memory layout, if the source reads them or runs something new."""
+        known = [(_shapes(example), layout(example)) for example in self.examples]
+        seen = self.seen.forked()
+        for batch in of_other_rank(self.inputs, self.main):
+            if _shapes(batch) not in [shapes for shapes, _ in known]:
+                fresh = seen.new(batch)
+                if fresh or (seen.accepted and self.hints.ranks):
+                    yield batch
+        for batch in of_other_layout(self.inputs) if self.hints.layouts else ():
+            if (_shapes(batch), layout(batch)) not in known and self.runs(batch):
+                yield batch
 
 
-def _of_other_form(model: nn.Module, inputs: Any, others: Sequence[Any], hints: Hints, main: Tensor) -> Iterator[Any]:
-    """Batches with another number of axes or memory layout, if the source reads them or runs something new."""
-    known = [(_shapes(example), layout(example)) for example in (inputs, *others)]
-    seen: Seen | None = None
-    for batch in of_other_rank(inputs, main):
-        if _shapes(batch) in [shapes for shapes, _ in known] or not _runs(model, batch):
-            continue
-        seen = seen or Seen(model, (inputs, *others))
-        if seen.new(batch) or hints.ranks:
-            yield batch
-    for batch in of_other_layout(inputs) if hints.layouts else ():
-        if (_shapes(batch), layout(batch)) not in known and _runs(model, batch):
-            yield batch
-
-
-def _agrees(
-    model: nn.Module,
-    small: nn.Module,
-    applied: Changes,
-    batch: Any,
-    *,
-    example: int = 0,
-    setting: Setting = PLAIN,
-) -> bool:
+def _agrees(oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN) -> bool:
     """Whether both compute the same, or the comparison is inconclusive: rounding alone changes the outputs as much."""
     try:
-        verification = verify(model, small, applied, batch, example=example, setting=setting)
+        verification = oracle.verify(batch, example=example, setting=setting)
     except NotSupported:
         return False
-    return verification.exact or _shaken(small, applied, batch) >= verification.error * _NOISE
+    return verification.exact or _shaken(oracle.small, oracle.done, batch) >= verification.error * _NOISE
 
 
 _NOISE = 1e-2
@@ -210,16 +229,6 @@ def _shaken(small: nn.Module, applied: Changes, batch: Any) -> float:
             return relative_error(*(outputs_of(model, batch) for model in (small, shaken)))
     except Exception:  # a model that does not run gives no evidence
         return 0.0
-
-
-def _runs(model: nn.Module, batch: Any) -> bool:
-    try:
-        with untouched(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outputs = outputs_of(model, batch)
-    except Exception:  # a probe: whatever it raises, the model does not take this size
-        return False
-    return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported, one_line
 from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Setting
-from prunella.graph.double import WRITTEN_OUT, grouped_product
+from prunella.graph.double import NoDownCast, as_double, precise, wide
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
@@ -28,13 +27,12 @@ from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.kept import kept_on
 from prunella.graph.trace.kept_state import enter
 from prunella.graph.training_pass import training_fault
-from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.hooks import removed_after
 from prunella.model.rng import rng_state
-from prunella.model.state import untouched
-from prunella.model.trees import each, plain_tensor, tensors
+from prunella.model.state import Steady
+from prunella.model.trees import tensors
 from prunella.model.weight_norm import scaled_by_norm
 from prunella.types import Keep
 
@@ -89,16 +87,47 @@ def verify(
     example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
-    done = done.on(example)
-    if any(p.device.type == "meta" for p in dense.parameters()):
-        shapes = [[tuple(t.shape) for t in _run(model, inputs, copy=False).outputs] for model in (dense, small)]
+    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
+
+
+class Oracle:
+    """`verify` for several batches: both models are copied, masked and cast once, if they are small."""
+
+    def __init__(self, dense: nn.Module, small: nn.Module, done: Changes) -> None:
+        self.dense, self.small, self.done = dense, small, done
+        self._keeps = sum(p.numel() * p.element_size() for p in dense.parameters()) <= _KEPT
+        self._copies: dict[tuple[str, bool], Steady] = {}
+
+    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN) -> Verification:
+        """See `verify`."""
+        if any(p.device.type == "meta" for p in self.dense.parameters()):
+            return self._same_shapes(inputs)
+        try:
+            return _compare(self, self.done.on(example), inputs, double=True, setting=setting)
+        except _DenseFailed:
+            return _compare(self, self.done.on(example), inputs, double=False, setting=setting)
+
+    def _same_shapes(self, inputs: Any) -> Verification:
+        models = [Steady(model) for model in (self.dense, self.small)]
+        shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in models]
         if not shapes[0]:
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
-    try:
-        return _compare(dense, small, done, inputs, double=True, setting=setting)
-    except _DenseFailed:
-        return _compare(dense, small, done, inputs, double=False, setting=setting)
+
+    def copy(self, kind: str, *, double: bool) -> Steady:
+        """A copy to run: of the `small` model, of the `masked` one, or of one with zeros in its `readers` alone."""
+        known = self._copies.get((kind, double))
+        if known is not None:
+            return known
+        model = copied(self.small) if kind == "small" else masked(self.dense, self.done, consumers=kind == "readers")
+        steady = Steady(precise(model, double), parameters=False, values=self._keeps)
+        if self._keeps:
+            self._copies[kind, double] = steady
+        return steady
+
+
+_KEPT = 1 << 19
+"""Bytes of parameters. Of a larger model there is one copy at a time."""
 
 
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
@@ -122,9 +151,10 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) 
     """The objection of the oracle to a cut; None if the cut passes on all examples."""
     applied, small = changes(graph, keep), copied(model)
     change_(small, applied)
+    oracle = Oracle(model, small, applied)
     for number, inputs in enumerate(examples):
         try:
-            verification = verify(model, small, applied, inputs, example=number)
+            verification = oracle.verify(inputs, example=number)
         except NotSupported as error:
             return f"{error.what}: {error.why}"
         if not verification.exact:
@@ -153,8 +183,7 @@ class Observed:
 class _Pair:
     """The masked and the smaller model on one batch, to be run under the same conditions."""
 
-    dense: nn.Module
-    small: nn.Module
+    oracle: Oracle
     done: Changes
     batch: Any
     double: bool
@@ -162,11 +191,10 @@ class _Pair:
 
     def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
         """The results of the masked model at the kept positions."""
-        options: dict[str, Any] = {"double": self.double, "still": still, "inner": inner, "setting": self.setting}
         try:
-            seen = _reference(self.dense, self.done, self.batch, **options)
+            seen = self._masked("masked", still=still, inner=inner)
             if not all(torch.isfinite(t).all() for t in seen.outputs):
-                seen = _reference(self.dense, self.done, self.batch, **options, consumers=True)
+                seen = self._masked("readers", still=still, inner=inner)
             if self.double and any(torch.isnan(t).any() for t in seen.outputs):
                 raise _DenseFailed
         except NotSupported as error:
@@ -177,20 +205,29 @@ class _Pair:
 
     def result(self, *, still: bool = False, inner: bool = False) -> Observed:
         """The results of the smaller model."""
-        model = _precise(copied(self.small), self.double)
+        model = self.oracle.copy("small", double=self.double)
         batch = renumber(self.batch, self.done.renumbered)
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
         return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
+    def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
+        """The results of the masked model at the kept positions, with dropped blocks bypassed."""
+        model = self.oracle.copy(kind, double=self.double)
+        with bypassed(model.model, self.done.dropped):
+            seen = _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+        for entry in self.done.renumbered:
+            for number, axis in entry.outputs:
+                outputs = seen.outputs
+                outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
+        return seen
 
-def _compare(
-    dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool, setting: Setting
-) -> Verification:
+
+def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting) -> Verification:
     batch, *before = (
         known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
     )
     setting = replace(setting, before=tuple(before))
-    pair, tolerance = _Pair(dense, small, done, batch, double, setting), TOLERANCE if double else SINGLE
+    pair, tolerance = _Pair(oracle, done, batch, double, setting), TOLERANCE if double else SINGLE
     reference, result, still = pair.reference(), pair.result(), False
     worst = _difference(reference, result, done)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
@@ -240,36 +277,6 @@ def _check_repeats(first: Observed, second: Observed, tolerance: float) -> None:
         )
 
 
-def _reference(
-    dense: nn.Module,
-    done: Changes,
-    batch: Any,
-    *,
-    double: bool,
-    still: bool,
-    inner: bool,
-    setting: Setting,
-    consumers: bool = False,
-) -> Observed:
-    """The results of the masked model at the kept positions, with dropped blocks bypassed."""
-    masked_model = _precise(masked(dense, done, consumers=consumers), double)
-    with bypassed(masked_model, done.dropped):
-        seen = _run(masked_model, batch, done.along, still=still, inner=inner, setting=setting)
-    for entry in done.renumbered:
-        for number, axis in entry.outputs:
-            outputs = seen.outputs
-            outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
-    return seen
-
-
-def _precise(model: nn.Module, double: bool) -> nn.Module:
-    if double:
-        model.double()
-        if any(t.is_complex() for t in (*model.parameters(), *model.buffers())):
-            model._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)  # type: ignore[no-untyped-call]
-    return model
-
-
 def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Module:
     """A copy with zeros at the removed positions of every parameter; with `consumers`, along every axis but the first.
 
@@ -303,77 +310,23 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
     return worst
 
 
-def as_double(tree: Any) -> Any:
-    """Floating-point tensors of an input tree in float64, complex ones in complex128."""
-    real = (torch.Tensor.is_floating_point, torch.Tensor.is_complex)
-    return each(tree, lambda t: wide(plain_tensor(t)) if any(kind(t) for kind in real) else t)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float64, or in complex128."""
-    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
-
-
-class _NoDownCast(TorchFunctionMode):
-    """Keeps float64 where a model's source casts to float32, so that rounding cannot hide a wrong cut."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), called(func)
-        narrow = _WIDE.keys()
-        if name in {"float", "half", "bfloat16", "cfloat"} and args and _double(args[0]):
-            return args[0]
-        written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has literal types
-        if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
-            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
-        if name == "element_size" and _double(args[0]):
-            return func(*args, **kwargs) // 2
-        if func in _BYTES and _double(args[0]):
-            return func(*args, **kwargs) // 2
-        ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
-        if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
-            return grouped_product(args[0], args[1], ends)
-        if name in WRITTEN_OUT and _double(args[0]) and not kwargs:
-            return WRITTEN_OUT[name](*args)
-        if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
-            args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        return func(*args, **kwargs)
-
-
-_WIDE = {
-    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
-_BYTES = (Tensor.nbytes.__get__, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
-"""Sizes in bytes, which remain those of float32 while the check computes in float64."""
-_MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
-"""Operations that create a tensor of a given type."""
-
-
-def _double(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128)
-
-
 def _run(
-    model: nn.Module,
+    steady: Steady,
     inputs: Any,
     along: Sequence[Along] = (),
     *,
     still: bool = False,
     inner: bool = False,
     setting: Setting = PLAIN,
-    copy: bool = True,
 ) -> Observed:
-    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`.
-
-    copy: the model is a copy for this run, and its parameters need not be restored.
-    """
-    named: dict[str, Tensor] = {}
+    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
+    named, model = dict[str, Tensor](), steady.model
     try:
         with ExitStack() as stack:
-            stack.enter_context(untouched(model, _SEED, parameters=not copy))
+            stack.enter_context(steady.run(_SEED))
             stack.enter_context(torch.no_grad())
             stack.enter_context(quiet() if still else nullcontext())
-            stack.enter_context(_NoDownCast())
+            stack.enter_context(NoDownCast())
             enter(model, setting, lambda batch: _restricted(model, batch, along))
             before = {id(tensor): tensor for tensor in kept_on(model).values()}
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())

@@ -235,8 +235,11 @@ def transposed_convolution(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -
 
 def _slid(x: Tensor, weight: Tensor, out: Tensor, *, transposed: bool) -> Term:
     lead = x.dim() - weight.dim() + 1  # 0 for a single sample without a batch
-    space = math.prod((x if transposed else out).shape[lead + 1 :]) * math.prod(weight.shape[2:])
-    return Term(space, ((x, 0), (weight, 0), (weight, 1)) if lead else ((weight, 0), (weight, 1)))
+    axes = range(lead + 1, x.dim())
+    same = [k for k, length in zip(axes, weight.shape[2:], strict=True) if length == 1 and x.shape[k] == out.shape[k]]
+    moved = math.prod((x if transposed else out).shape[k] for k in axes if k not in same)
+    kept = (*((x, 0),)[:lead], (weight, 0), (weight, 1), *((x, k) for k in same))
+    return Term(moved * math.prod(weight.shape[2:]), kept)
 
 
 @formula("conv_tbc")

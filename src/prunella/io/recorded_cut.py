@@ -8,11 +8,13 @@ from prunella.errors import BadInput
 from prunella.graph.cut.block_surgery import check_dropped
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
+from prunella.graph.nested_sizes import sizes_in
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
 from prunella.io.cuts import decode_cuts
 from prunella.io.json import Fields
 from prunella.io.plan_file import read_size
+from prunella.model.constants import constants
 
 
 def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
@@ -22,13 +24,16 @@ def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
     if not cuts and not attributes and not dropped:
         return
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    own |= constants(model)
     for name, axes in cuts.items():
         for axis, kept in axes.items():
             size = own[name].shape[axis] if name in own and 0 <= axis < own[name].dim() else 0
             if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
                 raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
     for owner, name in attributes:
-        if name.startswith("_") or not (names_token(name) or _is_size(attribute(model, owner, name))):
+        old = attribute(model, owner, name)
+        private = name.startswith("_") and not sizes_in(old)
+        if private or not (names_token(name) or _is_size(old)):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     check_dropped(model, dropped)
     for (owner, name), removed in lists.items():
@@ -57,8 +62,8 @@ def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str
 
 
 def _is_size(value: object) -> bool:
-    """Whether an attribute is an integer, or a list or tuple of them."""
-    return size_of(value) is not None or (type(value) in (list, tuple) and all(type(n) is int for n in value))  # type: ignore[attr-defined]
+    """Whether an attribute is an integer, or a container of them."""
+    return size_of(value) is not None or bool(sizes_in(value))
 
 
 def attribute(model: nn.Module, owner: str, name: str) -> object:

@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 Memo = dict[int, Any]
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-_SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread)
+_SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread, staticmethod, classmethod)
 """Types that a copy shares with the original: they represent unique objects outside the model."""
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from prunella.model.rng import restore_rng_, rng_state, seeded
-from prunella.model.undo import Undo, attribute_undos, buffer_undos, gradient_undo, parameter_undos, writable
+from prunella.model.undo import (
+    Undo,
+    attribute_undos,
+    buffer_undos,
+    gradient_undo,
+    parameter_undos,
+    value_of,
+    writable,
+)
 from prunella.model.unwrap import RECORD
 
 log = logging.getLogger(__name__)
@@ -92,18 +100,54 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
     seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded. parameters:
     False for a temporary copy, so that its parameters are not in memory twice.
     """
-    with ExitStack() as stack:
-        stack.enter_context(outside_inference())
-        stack.enter_context(seeded(seed))
-        stack.enter_context(_without_fast_path())
-        stack.enter_context(without_compile())
-        for parameter in model.parameters():
-            stack.callback(gradient_undo(parameter))
-        for undo in (*buffer_undos(model), *attribute_undos(model), *(parameter_undos(model) if parameters else ())):
-            stack.callback(undo)
-        stack.callback(_set_flags, [(module, module.training) for module in model.modules()])
-        model.eval()
+    with Steady(model, parameters=parameters).run(seed):
         yield
+
+
+class Steady:
+    """`untouched` for many runs of one model, which between them is as it is now: its state is taken once.
+
+    values: of all parameters are restored too, so that of many runs of a copy each has the same model.
+    """
+
+    def __init__(self, model: nn.Module, *, parameters: bool = True, values: bool = False) -> None:
+        self.model = model
+        with outside_inference():
+            self._undos: list[Undo] = [gradient_undo(parameter) for parameter in model.parameters()]
+            self._undos += [
+                *buffer_undos(model),
+                *attribute_undos(model),
+                *(parameter_undos(model) if parameters else ()),
+            ]
+            self._undos += [value_of(parameter) for parameter in model.parameters()] if values else []
+        flags = [(module, module.training) for module in model.modules()]
+        self._undos.append(lambda: _set_flags(flags))
+
+    @contextmanager
+    def run(self, seed: int | None = None) -> Iterator[None]:
+        """One run, after which everything is as before; see `untouched`."""
+        with ExitStack() as stack:
+            stack.enter_context(outside_inference())
+            stack.enter_context(seeded(seed))
+            stack.enter_context(_without_fast_path())
+            stack.enter_context(without_compile())
+            stack.callback(_undo_all, self._undos)
+            for parameter in self.model.parameters():
+                parameter.grad = None  # so that a backward pass does not add to the caller's
+            self.model.eval()
+            yield
+
+
+def _undo_all(undos: Sequence[Undo]) -> None:
+    """Undo, the last first; an error of one does not keep the others from it."""
+    failed: BaseException | None = None
+    for undo in reversed(undos):
+        try:
+            undo()
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 @contextmanager

@@ -41,7 +41,6 @@ def gradient_undo(parameter: nn.Parameter) -> Undo:
             parameter.requires_grad_(required)
         parameter.grad = grad
 
-    parameter.grad = None  # so that a backward pass does not add to the caller's
     return undo
 
 
@@ -58,7 +57,7 @@ def parameter_undos(model: nn.Module) -> list[Undo]:
     """Undo writes of the user's own `train` methods to parameters."""
     own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
-    return [_value_of(parameter, _held) for parameter in parameters.values()]
+    return [value_of(parameter, _held) for parameter in parameters.values()]
 
 
 _held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
@@ -66,7 +65,7 @@ _held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
-    value = _value_of(buffer)
+    value = value_of(buffer)
 
     def undo() -> None:
         module._buffers[name] = buffer
@@ -75,7 +74,7 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
     return undo
 
 
-def _value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
+def value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
     """Undo writes into a tensor. A tensor on the meta device has no values to restore.
 
     held: a nested guard shares the value stored by the outer guard, if the tensor still has it: otherwise each guard
@@ -145,7 +144,7 @@ def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
         yield _content_of(value)
         contents = value.values() if isinstance(value, dict) else value
     if isinstance(value, Tensor):
-        yield _value_of(value)
+        yield value_of(value)
     if _is_plain_object(value):
         yield _content_of(vars(value))
         contents = vars(value).values()

@@ -14,9 +14,10 @@ from prunella.granularity import Channel, Element, Head
 from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Frozen, Graph, Group, Member, ReasonKind
+from prunella.graph.double import as_double
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
 from prunella.graph.solve.groups import couple
-from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
+from prunella.graph.verify import SINGLE, TOLERANCE, relative_error, unproven
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched

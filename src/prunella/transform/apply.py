@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.model.constants import constants
 from prunella.model.masks import forget_masks_, reapply_, record_
 from prunella.model.torch_masks import plain_weights_
 from prunella.model.undo import writable
@@ -58,7 +59,7 @@ def plan_masks(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Mask]:
     """The masks of a plan, one bool mask per parameter; `RequestError` if the plan does not fit the model."""
     model = unwrap(model)
     named = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)} | constants(model).keys()
     if plan.dropped:
         raise RequestError(
             f"the plan drops blocks of {', '.join(plan.dropped)}, which masks cannot do",

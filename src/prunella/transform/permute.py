@@ -19,6 +19,7 @@ from prunella.graph.match import check_patterns, chosen, names_of_group
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
+from prunella.model.constants import constants
 from prunella.model.copying import copied
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
@@ -241,6 +242,7 @@ def _moved(model: nn.Module, group: Group, order: Tensor, inputs: Inputs) -> str
     sizes = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
+        **constants(model),
     }
     for member in group.members:
         places = _places(group, member.index, member.unit)

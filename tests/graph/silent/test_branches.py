@@ -367,18 +367,25 @@ def test_two_parameters_in_one_memory_stay(granularity: pr.Channel | pr.Element)
 
 
 class Parts(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **others: float) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.parts = nn.Linear(8, 12), nn.Linear(4, 3), nn.Linear(8, 3), {0: 4, 1: 8}
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(4, 3), nn.Linear(8, 3)
+        self.parts: dict[Any, Any] = {0: 4, 1: 8, **others}
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = torch.split(self.a(x), list(self.parts.values()), 1)
+        first, second = torch.split(self.a(x), [self.parts[0], self.parts[1]], 1)
         return self.b(first) + self.c(second)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_size_in_a_table_is_named_and_follows_in_a_program() -> None:
+def test_sizes_in_a_table_follow() -> None:
     model, x = Parts().eval(), torch.randn(2, 8)
+    small = pr.shrink(model, pr.plan(model, x, RECIPE, target=pr.Params(0.8)))
+    assert small.parts == {0: small.b.in_features, 1: small.c.in_features} != model.parts == {0: 4, 1: 8}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_size_in_a_table_of_other_numbers_is_named_and_follows_in_a_program() -> None:
+    model, x = Parts(rate=0.5).eval(), torch.randn(2, 8)
     reason = next(entry.reason for entry in couple(model, x).frozen if entry.entity == "a.weight")
     assert reason == "the size 4 is in the dict parts, which no cut changes"
     plan = pr.plan(pr.as_program(model, x), x, RECIPE, target=pr.Params(0.9))

@@ -14,7 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
 from prunella.graph.cut.changes import Changes, Cuts, Sizes
+from prunella.graph.nested_sizes import changed, sizes_in
 from prunella.graph.trace.tracked_int import holder
+from prunella.model.constants import constants_of
 from prunella.model.trees import set_attribute
 
 
@@ -42,17 +44,23 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
         old = getattr(module, key)
         new = _cut_tensor(name, old, axes)
         for module, key in places:
-            store = module._parameters if key in module._parameters else module._buffers
-            store[key] = new  # type: ignore[assignment]
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            next(store for store in stores if key in store)[key] = new
     for (owner, key), value in attributes.items():
         place = holder(model, owner)
-        old = getattr(place, key, None)
-        many = value if isinstance(value, tuple) else (value,)
-        set_attribute(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
+        set_attribute(place, key, _resized(getattr(place, key, None), value))
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
         if any(id(part) in touched for part in (module, *_parametrizations(module))):
             _describe(module)
+
+
+def _resized(old: object, value: int | tuple[int, ...]) -> Any:
+    """An attribute with new sizes: one, or those of a container in order."""
+    many = value if isinstance(value, tuple) else (value,)
+    if len(sizes_in(old)) == len(many):
+        return changed(old, lambda k, _: many[k])
+    return type(old)(many) if isinstance(old, tuple | list) else value
 
 
 def _misfit(name: str) -> RequestError:
@@ -64,11 +72,11 @@ def _misfit(name: str) -> RequestError:
 
 
 def _homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Name of each parameter and buffer -> all places (module, key) of the same tensor."""
+    """Name of each parameter, buffer and constant -> all places (module, key) of the same tensor."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        for key, tensor in [*module._parameters.items(), *module._buffers.items(), *constants_of(module)]:
             if tensor is not None:
                 names[f"{path}.{key}" if path else key] = id(tensor)
                 if (module, key) not in places.setdefault(id(tensor), []):

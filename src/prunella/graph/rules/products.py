@@ -132,14 +132,25 @@ def convolution(trace: Trace, ctx: Context) -> Returned:
         outer = w.dims[o]
     else:
         outer = _grouped(trace, channels, w, shape, groups, transposed)
-    for dim in (*x.dims[2 if batched else 1 :], *w.dims[2:]):
+    space = [dim if _pointwise(ctx, k) else WHOLE for k, dim in enumerate(x.dims[2 if batched else 1 :])]
+    slid = [dim for dim, kept in zip(x.dims[-len(space) :], space, strict=True) if kept is WHOLE]
+    for dim in (*slid, *w.dims[2:]):
         trace.freeze(dim, "a convolution slides along it")
     bias = ctx.value(2) if ctx.args[2] is not None else None
     if bias:
         trace.equal(outer, bias.dims[0], "its bias is not cut")
     trace.use = _convolution_use(trace, w, (o, i), groups, transposed, bias)
-    dims = [outer, *[WHOLE] * (len(shape) - 2)]
+    dims = [outer, *space]
     return TracedValue.plain([x.dims[0], *dims] if batched else dims)
+
+
+def _pointwise(ctx: Context, axis: int) -> bool:
+    """Whether every position of this axis of the image enters one position of the output, the same."""
+    if ctx.name not in {"convolution", "_convolution"}:  # the others have their arguments in another order
+        return False
+    stride, padding, extra = (ctx.args[k] for k in (3, 4, 7))
+    step, around = (entry[axis if len(entry) > 1 else 0] for entry in (stride, padding))
+    return bool(ctx.shape(1)[2 + axis] == 1 and step == 1 and around == 0 and not any(extra))
 
 
 def _grouped(trace: Trace, channels: Dim, w: TracedValue, shape: Sequence[int], groups: int, transposed: bool) -> Dim:

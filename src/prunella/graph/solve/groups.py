@@ -37,6 +37,7 @@ from prunella.graph.data import (
     UnitCall,
     UnreadSize,
 )
+from prunella.graph.nested_sizes import sizes_in
 from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
@@ -44,7 +45,7 @@ from prunella.graph.solve.other_branches import hints
 from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
-from prunella.graph.solve.unread_sizes import never_read, unread_sizes
+from prunella.graph.solve.unread_sizes import never_read, same_sizes, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work
 from prunella.graph.trace.tracked_int import holder
 from prunella.graph.trace.training import sharing, trace_modes
@@ -75,7 +76,7 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     unread = never_read(model, inputs, graph.unread)
     entries: list[Attribute | UnreadSize] = [*unread, *graph.attributes]
     places = {(entry.owner, entry.name) for entry in entries if entry.index >= 0}
-    lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
+    lists = {(owner, name): sizes_in(getattr(holder(model, owner), name)) for owner, name in places}
     graph = replace(graph, unread=unread, lists_of_sizes=lists)
     return replace(graph, specials=specials(model), untried=record.untried)
 
@@ -118,6 +119,7 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
     axes = tuple(_frozen(equations, record))
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
     attributes = _attributes(equations, record, numbers)
+    attributes = (*attributes, *same_sizes(model, attributes))
     taken = [(attribute.owner, attribute.name) for attribute in attributes]
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
@@ -350,7 +352,8 @@ def _entity(record: Trace, name: str) -> Entity:
     shape = tuple(int(n) for n in tensor.shape)
     parameter = name in record.parameters
     trained = tensor.requires_grad or not _plain(tensor)  # whether quantized weights train is unknown
-    return Entity(name, record.names[name], shape, tensor.element_size(), parameter, used, trained)
+    itemsize = 0 if name in record.constants else tensor.element_size()
+    return Entity(name, record.names[name], shape, itemsize, parameter, used, trained)
 
 
 def _plain(tensor: Tensor) -> bool:

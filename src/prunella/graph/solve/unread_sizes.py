@@ -8,17 +8,18 @@ If sizes of that value change differently, the plan names the integer and does n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.data import Extent, UnreadSize
+from prunella.graph.data import Attribute, Extent, UnreadSize
+from prunella.graph.nested_sizes import content, sizes_in
 from prunella.graph.solve.residual_blocks import inside
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.recorder import Trace
-from prunella.graph.trace.tracked_int import Attr, holder, holders, leaves
+from prunella.graph.trace.tracked_int import Attr, holder, holders, leaves, space_of
 from prunella.graph.verify import relative_error
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
@@ -35,8 +36,9 @@ ExtentOf = Callable[[Any, int], Extent]
 
 @dataclass(frozen=True)
 class _Place:
-    """An integer attribute, or one entry (`index`) of a list of them."""
+    """An integer attribute, or one entry (`index`) of a list of them. kind: the class of the owner."""
 
+    kind: type
     owner: str
     name: str
     value: int
@@ -59,12 +61,26 @@ def unread_sizes(
     places = [place for place in _places(model) if (place.owner, place.name) not in known]
     sizes = _Sizes(model, record, {place.value for place in places}, extent_of)
     matched = {place: sizes.of(place) for place in places}
-    strange = {_kind(model, place) for place, extents in matched.items() if not extents} | _strange(model)
+    strange = {_kind(place) for place, extents in matched.items() if not extents} | _strange(model)
     return [
         UnreadSize(place.owner, place.name, place.value, tuple(extents), place.index)
         for place, extents in matched.items()
-        if _kind(model, place) not in strange and any(extent.units for extent in extents)
+        if _kind(place) not in strange and any(extent.units for extent in extents)
     ]
+
+
+def same_sizes(model: nn.Module, attributes: Sequence[Attribute]) -> Iterator[Attribute]:
+    """The sizes of containers that hold the same names and sizes as one that follows a cut, in the same owner.
+
+    Such as the arguments of a module that it was made with, which a copy of it is made with again.
+    """
+    known = {(entry.owner, entry.name) for entry in attributes}
+    for entry in attributes:
+        values = space_of(holder(model, entry.owner))
+        own = content(values[entry.name]) if entry.index >= 0 and entry.name in values else ()
+        for name, value in values.items() if own else ():
+            if (entry.owner, name) not in known and sizes_in(value) and content(value) == own:
+                yield replace(entry, name=name)
 
 
 def never_read(model: nn.Module, inputs: Any, found: Sequence[UnreadSize]) -> tuple[UnreadSize, ...]:
@@ -88,38 +104,38 @@ def never_read(model: nn.Module, inputs: Any, found: Sequence[UnreadSize]) -> tu
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    for owner, values in _owners(model):
+    for kind, owner, values in _owners(model):
         for name, value in values.items():
             if not name.startswith("_") and not names_token(name):
-                yield from _integers(owner, name, value)
+                yield from _integers(kind, owner, name, value)
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _owners(model: nn.Module) -> Iterator[tuple[type, str, Mapping[str, Any]]]:
     """Modules of their own source, and their plain configurations; a saved one is that of the file it was read from."""
     for owner, values in holders(model):
         thing = holder(model, owner)
         if not type(thing).__module__.startswith("torch.") and not (":" in owner and hasattr(thing, "save_pretrained")):
-            yield owner, values
+            yield type(thing), owner, values
 
 
-def _integers(owner: str, name: str, value: object) -> Iterator[_Place]:
+def _integers(kind: type, owner: str, name: str, value: object) -> Iterator[_Place]:
     if type(value) is int and value >= _LEAST:
-        yield _Place(owner, name, value)
-    entries = value if isinstance(value, list | tuple) and type(value) in (list, tuple) else ()
-    if len(entries) <= _LONGEST and all(type(entry) is int for entry in entries):
-        yield from (_Place(owner, name, entry, k) for k, entry in enumerate(entries) if entry >= _LEAST)
+        yield _Place(kind, owner, name, value)
+    entries = sizes_in(value)
+    if len(entries) <= _LONGEST:
+        yield from (_Place(kind, owner, name, entry, k) for k, entry in enumerate(entries) if entry >= _LEAST)
 
 
-def _kind(model: nn.Module, place: _Place) -> tuple[type, str, int]:
+def _kind(place: _Place) -> tuple[type, str, int]:
     """The identity of an integer: class of its owner, name and position."""
-    return type(holder(model, place.owner)), place.name, place.index
+    return place.kind, place.name, place.index
 
 
 def _strange(model: nn.Module) -> set[tuple[type, str, int]]:
     """Attributes that are too small for a size in some module: they are the number of a layer, not a size."""
     return {
-        (type(holder(model, owner)), name, -1)
-        for owner, values in _owners(model)
+        (kind, name, -1)
+        for kind, _, values in _owners(model)
         for name, value in values.items()
         if type(value) is int and value < _LEAST
     }

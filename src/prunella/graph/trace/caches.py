@@ -26,21 +26,27 @@ def uncached(model: nn.Module) -> Iterator[None]:
     """Inside, cached functions recompute results that depend on a tracked size, and do not cache them.
 
     This covers cached functions of source files, classes and modules, and static and class methods. Scripted functions
-    run as the Python source from which they were compiled.
+    run as the Python source from which they were compiled. A nested call searches only the files that are new.
     """
+    global _searched
+    before, renewed = _searched, dict[int, Any]()
     replaced = [(holder, name, value) for holder in _holders(model) for name, value in _hidden_in(holder)]
-    for holder, name, value in replaced:
-        _set(holder, name, _renewed(value))
+    for holder, name, value in replaced:  # many files name the same functions
+        if id(value) not in renewed:
+            renewed[id(value)] = _renewed(value)
+        _set(holder, name, renewed[id(value)])
+    _searched = before | sys.modules.keys()
     try:
         yield
     finally:
+        _searched = before
         for holder, name, value in replaced:
             _set(holder, name, value)
 
 
 def _holders(model: nn.Module) -> Iterator[Any]:
-    for file in list(sys.modules.values()):
-        if isinstance(file, ModuleType) and _belongs_to_a_model(file.__name__):
+    for name, file in list(sys.modules.items()):
+        if name not in _searched and isinstance(file, ModuleType) and _belongs_to_a_model(file.__name__):
             yield file
     for file in (holder for holder in beside(model) if isinstance(holder, ModuleType)):
         yield from (v for v in list(vars(file).values()) if isinstance(v, type) and v.__module__ == file.__name__)
@@ -48,6 +54,10 @@ def _holders(model: nn.Module) -> Iterator[Any]:
         yield module
         if not type(module).__module__.startswith("torch."):
             yield from (value for value in vars(module).values() if _is_own_object(value))
+
+
+_searched: frozenset[str] = frozenset()
+"""The names of the files whose functions are replaced now."""
 
 
 def _is_own_object(value: object) -> bool:

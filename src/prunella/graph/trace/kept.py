@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prunella.graph.trace.run import TracedRun
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
+_ATOMS = frozenset({bool, int, str, float, type(None)})
 
 
 def kept_on(model: nn.Module) -> dict[str, Tensor]:
@@ -28,12 +29,17 @@ def kept_on(model: nn.Module) -> dict[str, Tensor]:
     A name is `path.attribute`, with a number where the attribute holds several tensors.
     """
     named: dict[str, Tensor] = {}
+    without: set[int] = set()  # values without tensors, such as a configuration that all modules share
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _OWN and not isinstance(value, bool | int | str | float | None) and not is_empty(value):
-                for number, tensor in enumerate(tensors(value)):
-                    label = f"{path}.{name}" if path else name
-                    named[f"{label} ({number + 1})" if number else label] = tensor
+            if name in _OWN or type(value) in _ATOMS or id(value) in without or is_empty(value):
+                continue
+            inside = tensors(value)
+            if not inside:
+                without.add(id(value))
+            for number, tensor in enumerate(inside):
+                label = f"{path}.{name}" if path else name
+                named[f"{label} ({number + 1})" if number else label] = tensor
     return named
 
 

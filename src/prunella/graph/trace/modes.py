@@ -8,10 +8,12 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,7 +65,8 @@ class Calls(TorchFunctionMode):
         self.trace.calls.append(Call(name, args, kwargs, self._number(name)))
         try:
             self._leaks(name, args, kwargs)
-            result = func(*bare(args), **bare(kwargs))
+            with sdpa_kernel(SDPBackend.MATH) if name == "scaled_dot_product_attention" else nullcontext():
+                result = func(*bare(args), **bare(kwargs))  # the source may have chosen another kernel
             if name in CALL_RULES:
                 self._relate(func, args, kwargs, result)
             elif name in OPAQUE:

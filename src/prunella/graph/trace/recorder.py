@@ -120,6 +120,8 @@ class Trace:
     tensors: dict[str, Tensor]
     parameters: set[str]
     ledger: Ledger = field(default_factory=Ledger)
+    constants: set[str] = field(default_factory=set)
+    """The tensors that are neither parameters nor buffers."""
     values: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     aliases: dict[tuple[Any, ...], str] = field(default_factory=dict)
     axes: dict[str, tuple[Dim, ...]] = field(default_factory=dict)

@@ -21,16 +21,17 @@ from prunella.graph.trace.kept_state import keep
 from prunella.graph.trace.modes import Calls, Operations
 from prunella.graph.trace.recorder import Trace, TracedValue, storage_key
 from prunella.graph.trace.tracked_int import tracked_attributes
+from prunella.model.constants import constants
 from prunella.model.forward import forward, inputs_of, returned, states
 from prunella.model.trees import own, tensors
 
 
 def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
-    """Parameters and buffers by identity: first name -> all names, first name -> tensor, and which are parameters."""
+    """Parameters, buffers and constants by identity: first name -> all names, its tensor, and which are parameters."""
     names: dict[int, list[str]] = {}
     by_id: dict[int, Tensor] = {}
     parameters = [*model.named_parameters(remove_duplicate=False)]
-    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
+    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False), *constants(model).items()]:
         names.setdefault(id(tensor), []).append(name)
         by_id[id(tensor)] = tensor
     first = {key: aliases[0] for key, aliases in names.items()}
@@ -57,6 +58,7 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     """An empty record. start: number of its first atom."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters, Ledger(start))
+    record.constants = constants(model).keys() & entities.keys()
     for name, tensor in entities.items():
         record.aliases[storage_key(tensor)] = name
     record.shared = _overlapping({name: entities[name] for name in parameters})

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunella.graph.nested_sizes import changed, is_nested, sizes_in
 from prunella.graph.solve.labels import Dim
 
 
@@ -313,7 +314,8 @@ def size_of(value: object) -> int | None:
 def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
     """Inside, the integers of the model's modules and configurations are `Tracked`; afterwards they are restored.
 
-    A tuple of one integer, such as the size of a norm, counts as this integer; longer lists have an entry each.
+    A tuple of one integer, such as the size of a norm, counts as this integer; longer lists, and containers in
+    containers, have an entry for each size.
     """
     wrapped: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
     of_torch = {id(vars(module)) for module in model.modules() if type(module).__module__.startswith("torch.")}
@@ -337,13 +339,10 @@ def _tracked(owner: str, name: str, value: Any, leak: Leak, *, lists: bool) -> A
         return Tracked(value, Attr(owner, name, value), leak)
     if type(value) is tuple and len(value) == 1 and type(value[0]) is int:
         return (Tracked(value[0], Attr(owner, name, value[0]), leak),)
-    if (
-        lists
-        and type(value) in (list, tuple)
-        and 1 < len(value) <= _LONGEST
-        and all(type(n) is int and n > 1 for n in value)
-    ):
-        return type(value)(Tracked(n, Attr(owner, name, n, k), leak) for k, n in enumerate(value))
+    sizes = sizes_in(value) if lists and type(value) in (list, tuple, dict) and len(value) <= _LONGEST else ()
+    least = 1 if is_nested(value) else 2  # a list of one entry is seldom one of sizes
+    if least <= len(sizes) <= _LONGEST and min(sizes) > 1:
+        return changed(value, lambda k, n: Tracked(n, Attr(owner, name, n, k), leak))
     return None
 
 

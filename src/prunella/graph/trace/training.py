@@ -14,6 +14,7 @@ from prunella.graph.data import Ints
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode
 from prunella.graph.trace.branches import add_branches
+from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.further_calls import add_calls
 from prunella.graph.trace.kept import keep_outputs, say_example
@@ -31,6 +32,15 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
     mode, `Trace.untried` says why. Errors: NotSupported if the model returns no tensor of numbers, and those of the
     model.
     """
+    with uncached(model):
+        record = _both_modes(model, inputs, apply_rule, others)
+    for name in sorted(record.shared.keys() & record.axes.keys()):
+        for dim in record.axes[name]:
+            record.ledger.freeze(dim, Reason(sharing(record, name), record.reader(name)[1]))
+    return record
+
+
+def _both_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], others: Sequence[Any]) -> Trace:
     with untouched(model), training_flags(model, training=False) as readers:
         record = new_record(model)
         asked = AnswerMode(NATURAL, lambda tensor: record.value(tensor).dims)
@@ -54,9 +64,6 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
             add_calls(record, model, inputs, apply_rule, changes, len(others) + 1)
     if readers:
         _add_training(record, model, inputs, apply_rule)
-    for name in sorted(record.shared.keys() & record.axes.keys()):
-        for dim in record.axes[name]:
-            record.ledger.freeze(dim, Reason(sharing(record, name), record.reader(name)[1]))
     return record
 
 
@@ -102,6 +109,7 @@ def _first_run(record: Trace) -> Iterator[None]:
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
     with untouched(model), training_flags(model, training=True):
         other = new_record(model, record.ledger.size)
+        other.known_sizes.codes = record.known_sizes.codes  # what they know is known from the first run
         try:
             run = trace(other, model, inputs, apply_rule)
             keep_outputs(run, model, "it is an output of the model in training mode")
