@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import PLAIN, Hints, Setting
+from prunella.graph.trace.answers import refuses
 from prunella.graph.trace.kept_state import enter
 from prunella.model.executed import Step, executed
 from prunella.model.forward import forward, outputs_of
@@ -32,10 +33,13 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """The instructions and modules run so far. accepted: whether the model accepted the last batch."""
+    """The instructions and modules run so far.
+
+    accepted: whether the model accepted the last batch. refused: whether a `raise` or `assert` of its source did not.
+    """
 
     def __init__(self, model: nn.Module, examples: Iterable[Any]) -> None:
-        self.model, self.steps, self.accepted = model, set[Step](), False
+        self.model, self.steps, self.accepted, self.refused = model, set[Step](), False, False
         for example in examples:
             self.new(example)
 
@@ -45,7 +49,7 @@ class Seen:
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model accepts this batch, with finite outputs, and runs something new on it."""
-        steps, self.accepted = set[Step](), False
+        steps, self.accepted, self.refused = set[Step](), False, False
         try:
             with ExitStack() as stack:
                 stack.enter_context(untouched(self.model))
@@ -56,7 +60,8 @@ class Seen:
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
-        except Exception:  # a probe: whatever it raises, the model does not take this batch
+        except Exception as error:  # a probe: whatever it raises, the model does not take this batch
+            self.refused = refuses(error)
             return False
         if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
             return False

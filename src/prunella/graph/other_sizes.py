@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from prunella.errors import CheckFailed, NotSupported
+from prunella.graph.arguments import Variant
 from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Hints, Setting
@@ -30,12 +32,13 @@ from prunella.graph.resized import (
     turned,
 )
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.verify import check, relative_error, verify
+from prunella.graph.verify import Verification, check, relative_error, verify
 from prunella.model.calls import called
+from prunella.model.contained import contained
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
-from prunella.model.trees import tensors
+from prunella.model.trees import each, tensors
 from prunella.types import Keep
 
 _SAMPLES = 4
@@ -71,6 +74,52 @@ def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others
         if not _agrees(model, small, applied, batch):
             return batch
     return None
+
+
+@dataclass(frozen=True)
+class ArgumentCheck:
+    """Of the batches with another argument: those on which a cut is wrong, and those with outputs that it narrows."""
+
+    wrong: tuple[Variant, ...] = ()
+    narrower: tuple[Variant, ...] = ()
+
+
+def check_arguments(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, tried: Sequence[Variant]) -> ArgumentCheck:
+    """Compare a cut with the masked model on batches with another argument.
+
+    What such an argument returns beside the outputs of the example may lack the removed positions.
+    """
+    applied, small = changes(graph, keep), copied(model)
+    if not applied or not tried:
+        return ArgumentCheck()
+    change_(small, applied)
+    wrong, narrower = list[Variant](), list[Variant]()
+    for variant in tried:
+        with contained():
+            checks = [_verified(model, small, applied, batch) for batch in _of_both_signs(model, variant.batch)]
+        if None in checks:
+            wrong.append(variant)
+        elif any(check.narrower for check in checks if check):
+            narrower.append(variant)
+    return ArgumentCheck(tuple(wrong), tuple(narrower))
+
+
+def _of_both_signs(model: nn.Module, batch: Any) -> Iterator[Any]:
+    """A batch, and the same with other signs: a unit that is zero on one after a rectifier is not on the other."""
+    yield batch
+    if any(tensor.is_floating_point() for tensor in tensors(batch)):
+        turned_around = each(batch, lambda tensor: -tensor.detach() if tensor.is_floating_point() else tensor)
+        yield from [turned_around] if _runs(model, turned_around) else []
+
+
+def _verified(model: nn.Module, small: nn.Module, applied: Changes, batch: Any) -> Verification | None:
+    """The comparison, in which outputs may lack the removed positions; None if it fails."""
+    try:
+        verification = verify(model, small, applied, batch, narrower=True)
+    except NotSupported:
+        return None
+    shaken = verification.exact or _shaken(small, applied, batch) >= verification.error * _NOISE
+    return verification if shaken else None
 
 
 def check_sizes(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, others: Sequence[Any] = ()) -> None:

@@ -9,18 +9,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported, one_line
 from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Setting
-from prunella.graph.double import WRITTEN_OUT, grouped_product
+from prunella.graph.double import NoDownCast
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
@@ -28,7 +29,6 @@ from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.kept import kept_on
 from prunella.graph.trace.kept_state import enter
 from prunella.graph.training_pass import training_fault
-from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.hooks import removed_after
@@ -52,6 +52,8 @@ class Verification:
     tolerance: float
     outputs: int
     dtype: str = "float64"
+    narrower: int = 0
+    """Outputs without the removed positions, where these are allowed: see `verify`."""
 
     @property
     def exact(self) -> bool:
@@ -83,10 +85,12 @@ def verify(
     *,
     example: int = 0,
     setting: Setting = PLAIN,
+    narrower: bool = False,
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
+    narrower: outputs may lack the removed positions of a cut axis; they are compared at the kept ones.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     done = done.on(example)
@@ -96,9 +100,9 @@ def verify(
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
-        return _compare(dense, small, done, inputs, double=True, setting=setting)
+        return _compare(dense, small, done, inputs, double=True, setting=setting, narrower=narrower)
     except _DenseFailed:
-        return _compare(dense, small, done, inputs, double=False, setting=setting)
+        return _compare(dense, small, done, inputs, double=False, setting=setting, narrower=narrower)
 
 
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
@@ -184,18 +188,26 @@ class _Pair:
 
 
 def _compare(
-    dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool, setting: Setting
+    dense: nn.Module,
+    small: nn.Module,
+    done: Changes,
+    inputs: Any,
+    *,
+    double: bool,
+    setting: Setting,
+    narrower: bool,
 ) -> Verification:
     batch, *before = (
         known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
     )
     setting = replace(setting, before=tuple(before))
     pair, tolerance = _Pair(dense, small, done, batch, double, setting), TOLERANCE if double else SINGLE
+    compare = partial(_difference, done=done, narrower=narrower)
     reference, result, still = pair.reference(), pair.result(), False
-    worst = _difference(reference, result, done)
+    worst = compare(reference, result)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
         reference, result, still = pair.reference(still=True), pair.result(still=True), True
-        worst = _difference(reference, result, done)
+        worst = compare(reference, result)
     if worst > tolerance:
         _check_repeats(reference, pair.reference(still=True), tolerance)
     if not _has_numbers(reference.outputs):
@@ -205,13 +217,40 @@ def _compare(
                 "its outputs on the example contain no numbers, and neither do those of its inner layers"
             )
         worst = max(worst, relative_error(*inner))
-    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
+    lost = sum(a.shape != b.shape for a, b in zip(reference.outputs, result.outputs, strict=False)) if narrower else 0
+    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision", lost)
 
 
-def _difference(reference: Observed, result: Observed, done: Changes) -> float:
+def _difference(reference: Observed, result: Observed, *, done: Changes, narrower: bool) -> float:
     """The relative error of the outputs and of the tensors that both runs leave on their models."""
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
-    return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
+    outputs = reference.outputs
+    if narrower and len(outputs) == len(result.outputs):
+        outputs = [_restricted_to(a, b, done) for a, b in zip(outputs, result.outputs, strict=True)]
+    return max(relative_error(outputs, result.outputs), relative_error(*kept))
+
+
+def _restricted_to(dense: Tensor, small: Tensor, done: Changes) -> Tensor:
+    """The positions of an output that the smaller one may have: those that a cut of as many positions keeps."""
+    if dense.dim() != small.dim() or dense.shape == small.shape:
+        return dense
+    axes = [axis for axis in range(dense.dim()) if dense.shape[axis] != small.shape[axis]]
+    sizes = {axis: (dense.shape[axis], small.shape[axis]) for axis in axes}
+    cuts = {size: _positions_kept(done, *size) for size in set(sizes.values())}
+    for chosen in product(*(cuts[sizes[axis]] for axis in axes)):
+        part = dense
+        for axis, kept in zip(axes, chosen, strict=True):
+            part = part.index_select(axis, kept.to(dense.device))
+        if relative_error([part], [small]) <= TOLERANCE:
+            return part
+    return dense
+
+
+def _positions_kept(done: Changes, before: int, after: int) -> list[Tensor]:
+    """The different sets of so many positions that a cut keeps of an axis of that size, also of heads as a whole."""
+    found = [kept for axes in done.cuts.values() for kept in axes.values()]
+    sets = {tuple(kept.tolist()): kept for kept in found if len(kept) == after and int(kept.max()) < before}
+    return list(sets.values())
 
 
 def _common(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -314,45 +353,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
 
-class _NoDownCast(TorchFunctionMode):
-    """Keeps float64 where a model's source casts to float32, so that rounding cannot hide a wrong cut."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), called(func)
-        narrow = _WIDE.keys()
-        if name in {"float", "half", "bfloat16", "cfloat"} and args and _double(args[0]):
-            return args[0]
-        written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has literal types
-        if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
-            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
-        if name == "element_size" and _double(args[0]):
-            return func(*args, **kwargs) // 2
-        if func in _BYTES and _double(args[0]):
-            return func(*args, **kwargs) // 2
-        ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
-        if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
-            return grouped_product(args[0], args[1], ends)
-        if name in WRITTEN_OUT and _double(args[0]) and not kwargs:
-            return WRITTEN_OUT[name](*args)
-        if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
-            args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
-        return func(*args, **kwargs)
-
-
-_WIDE = {
-    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
-    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
-}
-_BYTES = (Tensor.nbytes.__get__, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
-"""Sizes in bytes, which remain those of float32 while the check computes in float64."""
-_MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
-"""Operations that create a tensor of a given type."""
-
-
-def _double(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128)
-
-
 def _run(
     model: nn.Module,
     inputs: Any,
@@ -373,12 +373,12 @@ def _run(
             stack.enter_context(untouched(model, _SEED, parameters=not copy))
             stack.enter_context(torch.no_grad())
             stack.enter_context(quiet() if still else nullcontext())
-            stack.enter_context(_NoDownCast())
+            stack.enter_context(NoDownCast())
             enter(model, setting, lambda batch: _restricted(model, batch, along))
             before = {id(tensor): tensor for tensor in kept_on(model).values()}
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(Restricted(along))
-            stack.enter_context(AnswerMode(setting.answers) if setting.answers else nullcontext())
+            stack.enter_context(AnswerMode(setting.answers, model=model) if setting.answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])

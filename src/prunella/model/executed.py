@@ -1,6 +1,6 @@
-"""The instructions of a model's source that a run executes, and the modules that it calls.
+"""The steps of a run through a model's source, from instruction to instruction, and the modules that it calls.
 
-Two runs that differ in them have taken different branches.
+Two runs that differ in them have taken different branches, or another number of turns of a loop.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-Step = tuple[CodeType, int] | int
-"""An instruction of a function, or the identity of a module that is called."""
+Step = tuple[CodeType, int, int, bool] | int
+"""From one instruction of a function to the next, and whether again; or the identity of a module that is called."""
 _PATHS = sysconfig.get_paths()
 _SKIPPED = (
     "<",
@@ -30,18 +30,27 @@ _SKIPPED = (
 
 @contextmanager
 def executed(model: nn.Module) -> Iterator[set[Step]]:
-    """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called."""
+    """Inside, collect the steps that run outside of torch, this package and Python, and the modules called.
+
+    That an instruction was passed over shows in the step beside it, and a second turn of a loop as a step taken again.
+    """
     steps = set[Step]()
 
-    def each(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "opcode":
-            steps.add((frame.f_code, frame.f_lasti))
-        return each
-
     def entered(frame: FrameType, _: str, __: Any) -> Any:
-        if not is_source(frame.f_code.co_filename):
+        code, last, here = frame.f_code, -1, set[tuple[int, int]]()
+        if not is_source(code.co_filename):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
+
+        def each(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last
+            if event == "opcode":
+                step = last, frame.f_lasti
+                steps.add((code, *step, step in here))
+                here.add(step)
+                last = frame.f_lasti
+            return each
+
         return each
 
     handles = [module.register_forward_pre_hook(lambda m, _: steps.add(id(m))) for module in model.modules()]
