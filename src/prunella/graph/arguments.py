@@ -29,7 +29,7 @@ _EACH = 24
 """Runs that look for another value of one argument."""
 _TOLD = 3
 """Other values of one argument that are verified."""
-_ACCEPTED = 8
+_ACCEPTED = 4
 """Values of one argument that the model takes."""
 _DEEP = 3
 """Containers within containers that are looked into."""

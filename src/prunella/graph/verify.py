@@ -217,7 +217,7 @@ def _compare(
                 "its outputs on the example contain no numbers, and neither do those of its inner layers"
             )
         worst = max(worst, relative_error(*inner))
-    lost = sum(a.shape != b.shape for a, b in zip(reference.outputs, result.outputs, strict=False)) if narrower else 0
+    lost = _narrowed(reference, result) if narrower else 0
     return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision", lost)
 
 
@@ -228,6 +228,13 @@ def _difference(reference: Observed, result: Observed, *, done: Changes, narrowe
     if narrower and len(outputs) == len(result.outputs):
         outputs = [_restricted_to(a, b, done) for a, b in zip(outputs, result.outputs, strict=True)]
     return max(relative_error(outputs, result.outputs), relative_error(*kept))
+
+
+def _narrowed(reference: Observed, result: Observed) -> int:
+    """The number of outputs, and of tensors that the runs leave on their models, of another size."""
+    pairs = [*zip(reference.outputs, result.outputs, strict=False)]
+    pairs += [(tensor, result.kept[name]) for name, tensor in reference.kept.items() if name in result.kept]
+    return sum(a.shape != b.shape for a, b in pairs)
 
 
 def _restricted_to(dense: Tensor, small: Tensor, done: Changes) -> Tensor:

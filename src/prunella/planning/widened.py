@@ -52,7 +52,8 @@ def argument_remarks(request: Request, narrower: tuple[Variant, ...]) -> Iterato
     for variant in request.traced:
         yield f"traced {variant.text} too, where cuts are wrong that are right on the example"
     for variant in narrower:
-        yield f"{variant.text} some outputs are inner units: they have the kept positions alone"
+        what = "some outputs, or tensors that the model keeps, are inner units"
+        yield f"{variant.text} {what}: they have the kept positions alone"
     untried = request.tried.untried if request.tried else ()
     if untried:
         rest = f" and {len(untried) - _LISTED} more" if len(untried) > _LISTED else ""

@@ -182,6 +182,9 @@ def test_a_cut_is_right_with_other_arguments(kind: type[Base], example: Any, oth
     assert any("too, where cuts are wrong that are right on the example" in line for line in plan.remarks)
 
 
+INNER = "some outputs, or tensors that the model keeps, are inner units: they have the kept positions alone"
+
+
 class Features(Base):
     def forward(self, x: Tensor, return_features: bool = False) -> Any:
         y = self.a(x).relu()
@@ -196,13 +199,24 @@ def test_inner_units_that_an_argument_returns_are_those_that_are_kept_and_the_pl
     result, inner = small(X, return_features=True)
     kept = plan.keep["a"]
     assert torch.equal(inner["features"], model(X, True)[1]["features"][:, kept]) and result.shape == (3, 3)
-    line = "with return_features=True some outputs are inner units: they have the kept positions alone"
-    assert line in plan.remarks
+    assert f"with return_features=True {INNER}" in plan.remarks
     assert not verify(model, small, plan.changes, (X, True)).exact
     assert verify(model, small, plan.changes, (X, True), narrower=True).narrower == 1
     first = {"a.weight": {0: torch.arange(int(kept.sum()))}}
     wrong = dataclasses.replace(plan.changes, cuts={**plan.changes.cuts, **first})
     assert not verify(model, small, wrong, (X, True), narrower=True).exact, "other positions than those of the output"
+
+
+def test_inner_units_that_an_argument_keeps_on_the_model_are_named_too() -> None:
+    class Logs(Base):
+        def forward(self, x: Tensor, log: bool = False) -> Tensor:
+            y = self.a(x).relu()
+            if log:
+                self.last = y
+            return self.b(y)  # type: ignore[no-any-return]
+
+    plan = pr.plan(Logs().eval(), X, RECIPE, target=pr.Params(0.8))
+    assert f"with log=True {INNER}" in plan.remarks
 
 
 def test_what_no_guess_fits_is_named() -> None:

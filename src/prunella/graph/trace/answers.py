@@ -116,13 +116,13 @@ class AnswerMode(TorchFunctionMode):
         self._queries = ExitStack()
 
     def __enter__(self) -> AnswerMode:
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         self._queries.enter_context(queries_answered(self._queried, self.model))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._queries.close()
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
