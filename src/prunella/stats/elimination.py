@@ -269,6 +269,11 @@ class Readers:
         }
         return tuple(sorted(first, key=first.__getitem__))
 
+    def weights(self, name: str) -> list[Tensor]:
+        """The weights that read a group."""
+        names = {m.entity for m in self._groups[name].members if m.role == "in"}
+        return [weight for entity, weight in self._weights.items() if entity in names]
+
     def of(self, name: str) -> list[tuple[ReaderOfUnits, Quadratic]]:
         """The matrices with columns of a group; a weight that only selects outputs has none."""
         group = self._groups[name]
