@@ -263,24 +263,25 @@ def _cosine(progress: float) -> float:
 
 
 class _Best:
-    """The best state of a model so far. file: stores it, for a call that resumes after a kill."""
+    """The best state of a model so far. better: whether it is not the first one. file: stores it, for a call that resumes
+    after a kill."""
 
     def __init__(self, pair: Pair, start: float, file: Path | None) -> None:
         self._measure: Callable[[], float] = pair.distance
         self._small, self._file = pair.small, file
-        self._state, self.distance = self._present(), start
+        self._state, self.distance, self.better = self._present(), start, False
         if file is not None and file.is_file():
             kept = load_state(file)
-            self._state, self.distance = kept["model"], kept["distance"]
+            self._state, self.distance, self.better = kept["model"], kept["distance"], True
 
     def _present(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in named_tensors(self._small).items()}
 
-    def look(self, slack: float = 0.0) -> float:
-        """Store the present state if it is better."""
+    def look(self, slack: float = -SAME) -> float:
+        """Store the present state if it is better by more than rounding. slack: how much worse it may be, relative."""
         distance = self._measure()
-        if distance < self.distance or distance <= self.distance * (1 + slack):
-            self._state, self.distance = self._present(), distance
+        if distance <= self.distance * (1 + slack):
+            self._state, self.distance, self.better = self._present(), distance, True
             if self._file is not None:
                 save_state({"model": self._state, "distance": distance}, self._file)
         return distance
@@ -291,7 +292,7 @@ class _Best:
 
 
 @contextmanager
-def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None = None) -> Iterator[_Best]:
+def _kept(pair: Pair, stage: Running, slack: float = -SAME, *, file: Path | None = None) -> Iterator[_Best]:
     """One stage: the model keeps its best state, possibly that before the stage. slack: tolerance for rounding."""
     before = pair.present()
     best = _Best(pair, before, file)
@@ -305,8 +306,9 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
         stage.note(f"undone: train() of the model failed, {one_line(error)}")
     else:
         last = best.look(slack)
-        if best.distance == before and last > before * (1 + slack):
-            stage.note(f"undone: the distance would be {last:.4g}")
+        if not best.better:
+            gain = "it gains nothing" if last <= before * (1 + SAME) else f"the distance would be {last:.4g}"
+            stage.note(f"undone: {gain}")
         elif last > best.distance:
             stage.note("the best state on held-out data is kept, not the last")
     best.restore()
