@@ -50,9 +50,10 @@ NEAR = 0.2
 multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.6 / 86.1 / 85.6 % after 85.6 %, and the
 last is undone, since the distance has grown."""
 POLYAK, PROBED = 0.2, 3
-"""Share of Polyak's step, `loss / |gradient|^2`, that the learning rate is, and batches whose gradients say it: deep
+"""The learning rate as a share of Polyak's step `loss / |gradient|^2`, and the number of batches that tell it: deep
 networks have larger gradients. The step is .092 for ResNet-20 at half of its multiply-adds, where .02 was best, .097 at
-65 % (.007, as above), and .044 for ResNet-56 at half (.0025 and .005 bring the outputs nearer, .01 does not); seed 10."""
+65 % (.007, see `NEAR`), and .044 for ResNet-56 at half, where .0025 and .005 bring the outputs nearer, .01 does not; all
+with seed 10."""
 SAME = 1e-3
 """Relative change of a distance by rounding alone."""
 
@@ -215,7 +216,7 @@ def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> d
 
 
 def _rate(pair: Pair, how: Recover, loss: Loss) -> float:
-    """The learning rate: the given one, otherwise by the distance to the dense outputs and the size of the gradients."""
+    """The learning rate: the given one, otherwise by the distance to the dense outputs and by the gradients."""
     if how.lr is not None:
         return how.lr
     near = min(1.0, pair.distance() / NEAR) if distance_of(pair.expected[0]) is divergence else 1.0
@@ -284,8 +285,10 @@ def _cosine(progress: float) -> float:
 
 
 class _Best:
-    """The best state of a model so far. better: whether it is not the first one. file: stores it, for a call that resumes
-    after a kill."""
+    """The best state of a model so far. better: whether it is not the first one.
+
+    file: stores the state, for a call that resumes after a kill.
+    """
 
     def __init__(self, pair: Pair, start: float, file: Path | None) -> None:
         self._measure: Callable[[], float] = pair.distance

@@ -56,7 +56,7 @@ class Recording:
         return sum({one._cdata: one.nbytes() for state in self.states.values() for one in state.values()}.values())
 
     def first(self, changed: Iterable[Tensor]) -> int:
-        """The place of the first call that takes one of these tensors; 0 if none does, since no call tells who reads it."""
+        """The place of the first call that reads one of these tensors; 0 if no recorded call does."""
         numbers = {self.storages.number(tensor) for tensor in changed}
         return next((k for k, call in enumerate(self.calls) if not numbers.isdisjoint(call.read)), 0)
 
