@@ -51,9 +51,8 @@ multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.
 last is undone, since the distance has grown."""
 POLYAK, PROBED = 0.2, 3
 """The learning rate as a share of Polyak's step `loss / |gradient|^2`, and the number of batches that tell it: deep
-networks have larger gradients. The step is .092 for ResNet-20 at half of its multiply-adds, where .02 was best, .097 at
-65 % (.007, see `NEAR`), and .044 for ResNet-56 at half, where .0025 and .005 bring the outputs nearer, .01 does not; all
-with seed 10."""
+networks have larger gradients. ResNet-20 at half of its multiply-adds: .092, where .02 was best; at 65 %: .097 (.007,
+see `NEAR`); ResNet-56 at half: .044, where .0025 and .005 bring the outputs nearer and .01 does not; with seed 10."""
 SAME = 1e-3
 """Relative change of a distance by rounding alone."""
 

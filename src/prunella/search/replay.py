@@ -164,12 +164,22 @@ class _Place:
     def on(self, storage: Storage) -> Tensor:
         """The tensor, on a storage with its content."""
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
-        return empty.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(storage, self.offset, self.size, self.stride)
 
     def nothing(self) -> Tensor:
         """A tensor of this shape that takes no memory."""
         value = float("nan") if self.dtype.is_floating_point or self.dtype.is_complex else 0
         return torch.full((), value, dtype=self.dtype, device=self.device).expand(self.size)
+
+
+def _key(storage: Storage) -> StorageWeakRef:
+    """What tells a storage from all others, also from one at the same address after its end."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def _copy(storage: Storage) -> Storage:
+    copy: Storage = storage.clone()  # type: ignore[no-untyped-call]
+    return copy
 
 
 @dataclass
@@ -185,13 +195,13 @@ class _Storages:
         if tensor.layout is not torch.strided:
             return -1 - id(tensor)
         storage = tensor.untyped_storage()
-        number = self.numbers.setdefault(StorageWeakRef(storage), len(self.numbers))
+        number = self.numbers.setdefault(_key(storage), len(self.numbers))
         self.sizes[number] = storage.nbytes()
         return number
 
     def known(self, tensor: Tensor) -> bool:
         """Whether the storage has a number."""
-        return tensor.layout is torch.strided and StorageWeakRef(tensor.untyped_storage()) in self.numbers
+        return tensor.layout is torch.strided and _key(tensor.untyped_storage()) in self.numbers
 
 
 class _Recorder(TorchFunctionMode):
@@ -228,7 +238,7 @@ class _Recorder(TorchFunctionMode):
             self.whole = "something that is no call of torch changes tensors in place"
 
 
-_CONSTANTS = (bool, int, float, complex, str, type(None), torch.Size)
+_CONSTANTS: tuple[type, ...] = (bool, int, float, complex, str, type(None), torch.Size)
 _CONSTANTS += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -237,8 +247,8 @@ def _told(result: Any, storages: _Storages) -> Any:
     if isinstance(result, _CONSTANTS):
         return _Constant(result)
     if type(result) is Tensor and result.layout is torch.strided:
-        at = (result.storage_offset(), result.shape, result.stride())
-        return _Place(storages.number(result), result.dtype, result.device, *at)
+        number, offset = storages.number(result), int(result.storage_offset())
+        return _Place(number, result.dtype, result.device, offset, result.shape, result.stride())
     if type(result) in (tuple, list) or (isinstance(result, tuple) and hasattr(result, "n_sequence_fields")):
         parts = tuple(_told(part, storages) for part in result)
         return None if None in parts else _Several(type(result), parts)
@@ -271,7 +281,7 @@ class _Taker:
         recording, live = self._recording, self._recording.live(place)
         if not all(number in self._content for number in live):
             return
-        state = {n: self._content[n].clone() if recording.changes(n, place) else self._content[n] for n in live}
+        state = {n: _copy(self._content[n]) if recording.changes(n, place) else self._content[n] for n in live}
         states = {k: kept for k, kept in recording.states.items() if k in self._counted}
         room = {one._cdata: one.nbytes() for kept in (*states.values(), state) for one in kept.values()}
         if sum(room.values()) > recording.most:
@@ -309,9 +319,9 @@ class _Replayer(TorchFunctionMode):
         self.missed = False
         self._recording, self._start, self._taker = recording, start, taker
         state = recording.states.get(start, {})
-        self._state = {n: one.clone() if recording.changes(n, start) else one for n, one in state.items()}
+        self._state = {n: _copy(one) if recording.changes(n, start) else one for n, one in state.items()}
         self._given: list[Storage] = [*self._state.values()]
-        self._lent = {StorageWeakRef(one) for one in self._given}
+        self._lent = {_key(one) for one in self._given}
         self._next = 0
         if taker is not None:
             taker.begin(self._state)
@@ -339,7 +349,7 @@ class _Replayer(TorchFunctionMode):
             storages = self._outside(outside, args, kwargs) if outside else {}
             if outside == storages.keys():
                 return self._built(call.result, storages)
-        if any(StorageWeakRef(t.untyped_storage()) in self._lent for t in tensors([args, kwargs]) if _strided(t)):
+        if any(_key(t.untyped_storage()) in self._lent for t in tensors([args, kwargs]) if _strided(t)):
             self._miss()
         return func(*args, **kwargs)
 
@@ -360,7 +370,7 @@ class _Replayer(TorchFunctionMode):
             return told.on(storage)
         nothing = told.nothing()
         self._given.append(nothing.untyped_storage())
-        self._lent.add(StorageWeakRef(nothing.untyped_storage()))
+        self._lent.add(_key(nothing.untyped_storage()))
         return nothing
 
     def _miss(self) -> None:
