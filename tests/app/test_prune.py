@@ -20,7 +20,7 @@ from prunella.app.prune import asked_of
 from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
 from prunella.app.prune_plan import REFITTED, _by_norm, _Measured, planned
-from prunella.app.prune_recover import Pair
+from prunella.app.prune_recover import Pair, _polyak
 from prunella.app.prune_stages import Progress, StageTimer, seconds_of
 from prunella.errors import BadInput, NotSupported, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
@@ -469,3 +469,27 @@ def test_a_distance_is_measured_again_only_if_the_model_has_changed() -> None:
     with torch.no_grad():
         pair.small.norm.running_mean += 1  # type: ignore[union-attr, operator]
     assert pair.present() != first and calls
+
+
+def test_a_training_that_gains_nothing_is_undone_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    data = [torch.randn(32, 8) for _ in range(8)]
+    pruned = pr.prune(model, data[0], target=pr.MACs(0.5), data=data, recover={"steps": 4, "lr": 1e-12})
+    trained = pruned.history[-1]
+    assert trained.note.endswith("undone: it gains nothing") and trained.after == trained.before
+
+
+@pytest.mark.parametrize("curvature", [0.5, 20.0])
+def test_the_learning_rate_is_a_share_of_the_step_that_the_gradients_allow(curvature: float) -> None:
+    """Of `k |w|^2 / 2` the step to zero is `1 / (2 k)`, wherever it starts; the norms keep their statistics."""
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2, affine=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked: Any = SimpleNamespace(small=model, data=SimpleNamespace(fit=[torch.randn(5, 3)] * 4), seed=0)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return curvature * model.train()[0].weight.square().sum() / 2 + 0 * model(batch).sum()  # type: ignore[index]
+
+    assert _polyak(asked, loss) == pytest.approx(1 / (2 * curvature), rel=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())

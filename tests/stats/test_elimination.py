@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from prunella.stats.elimination import Covariance, Quadratic, Readers, compensated, eliminate
+from prunella.stats.elimination import Covariance, Quadratic, Readers, column_sums, compensated, eliminate
 
 
 def _reader(out: int, units: Tensor, *, tokens: int = 50, seed: int = 0) -> tuple[Quadratic, Tensor]:
@@ -149,3 +149,11 @@ def test_readers_know_the_norm_and_their_order() -> None:
     assert quadratic.scale is not None
     torch.testing.assert_close(quadratic.scale, torch.arange(1.0, 7).double() / (1 + 1e-5) ** 0.5, rtol=1e-6, atol=1e-6)
     assert readers.of(second)[0][1].scale is None
+
+
+@pytest.mark.parametrize("rows", [1, 8192, 20_000])
+def test_sums_of_columns_are_those_of_float64(rows: int) -> None:
+    x = torch.randn(rows, 3) + torch.tensor([0.0, 1.0, 100.0])
+    assert column_sums(x).dtype == torch.float64
+    assert torch.allclose(column_sums(x), x.double().sum(0), rtol=1e-5, atol=1e-2)
+    assert torch.allclose(column_sums(x.double()), x.double().sum(0), rtol=1e-12)

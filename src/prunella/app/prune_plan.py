@@ -36,7 +36,7 @@ from prunella.stats.elimination import Readers, eliminate
 from prunella.targets import Latency, Target
 from prunella.types import Inputs, Mask
 
-FIT, JUDGE = 256, 128
+FIT, JUDGE = 256, 64
 """Number of samples for the statistics, and for the measured losses."""
 LEVELS = {5: (0.0625, 0.1875, 0.375, 0.625, 0.8125), 3: (0.1875, 0.4375, 0.75), 2: (0.25, 0.625)}
 REFITTED = 0.2

@@ -19,12 +19,13 @@ from prunella.model.state import losses_in_training_, mode
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery
+from prunella.stats.elimination import column_sums
 from prunella.types import Loss
 
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations per channel, merged exactly over batches in float64."""
+    """Count, mean and sum of squared deviations per channel, merged over batches in float64."""
 
     count: int = 0
     mean: Tensor | float = 0.0
@@ -32,9 +33,11 @@ class Moments:
     calls: int = 0
 
     def add(self, value: Tensor) -> None:
-        rows = value.detach().transpose(0, 1).flatten(1).double()
-        count, mean = rows.shape[1], rows.mean(1)
-        squares = (rows - mean[:, None]).square().sum(1)
+        rows = value.detach().movedim(1, -1).flatten(0, -2)
+        rows = rows.to(rows.dtype if rows.dtype.itemsize >= 4 else torch.float32)
+        count, mean = len(rows), column_sums(rows) / len(rows)
+        gap = rows - mean.to(rows.dtype)
+        squares = column_sums(gap.square()) - column_sums(gap).square() / count
         total = self.count + count
         shift = mean - self.mean
         self.squares = self.squares + squares + shift.square() * (self.count * count / total)

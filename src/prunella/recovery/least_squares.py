@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.solvers.linalg import damped_solve
+from prunella.stats.elimination import column_sums
 from prunella.types import Gram
 
 TOKENS = 8192
@@ -40,18 +41,23 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
         """Add the tokens of one call."""
-        y, residual = y.double(), residual.double()
+        if not self.quick:
+            y, residual = y.double(), residual.double()
         if not hasattr(self, "x_origin"):
-            self._begin(x.mean(0, dtype=torch.float64) if self.centered else y.new_zeros(x.shape[1]), y.mean(0))
+            nothing = y.new_zeros(x.shape[1], dtype=torch.float64)
+            self._begin(x.mean(0, dtype=torch.float64) if self.centered else nothing, y.mean(0, dtype=torch.float64))
         x = self._relative(x)
-        y = y - self.y_origin
+        y = y - self.y_origin.to(y.dtype)
         self.tokens += x.shape[0]
-        self.x += x.sum(0, dtype=torch.float64)
-        self.r += residual.sum(0)
-        self.y += y.sum(0)
-        self.y_squares += y.square().sum(0)
+        self.x += self._sum(x)
+        self.r += self._sum(residual)
+        self.y += self._sum(y)
+        self.y_squares += self._sum(y.square())
         self._multiply(x, residual)
-        self.squares += float(residual.square().sum())
+        self.squares += float(self._sum(residual.square()).sum())
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return column_sums(values) if self.quick else values.sum(0, dtype=torch.float64)
 
     def _relative(self, x: Tensor) -> Tensor:
         if not self.quick:

@@ -322,8 +322,10 @@ def _add(
         chunks: Iterable[Chunk] = [(read.columns_at(places, submatrix.small, submatrix.columns), slice(None))]
     else:
         chunks = read.columns(submatrix.small, submatrix.columns)
-    target = _target(part, submatrix, read, expected[0], places)
-    gap = target - read.rows(submatrix.small, submatrix.rows, tokens=places).double()
+    outputs = read.rows(submatrix.small, submatrix.rows, tokens=places)
+    precision = torch.promote_types(outputs.dtype, torch.float32) if few else torch.float64
+    target = _target(part, submatrix, read, expected[0], places, precision)
+    gap = target - outputs.to(precision)
     for x, tokens in chunks:
         if len(x):
             sums.add(x, target[tokens], gap[tokens])
@@ -333,13 +335,15 @@ def _real_tokens(read: Read, real: Tensor | None) -> Tensor | None:
     return real.nonzero()[:, 0] if real is not None and len(real) == read.tokens else None
 
 
-def _target(part: Part, submatrix: Submatrix, small: Read, dense: Read, tokens: Tensor | None) -> Tensor:
-    """The outputs that reproduce the dense model after the norm and the residual sum: `(tokens, out)`, in float64.
+def _target(
+    part: Part, submatrix: Submatrix, small: Read, dense: Read, tokens: Tensor | None, precision: torch.dtype
+) -> Tensor:
+    """The outputs that reproduce the dense model after the norm and the residual sum: `(tokens, out)`.
 
     `(a y + c + r - c' - r') / a'` with scale a and shift c of the norm, residual r, and the primes in the small model.
     The next layers read the sum: the layer compensates the error in the residual too. A channel with scale 0 keeps y.
     """
-    y = dense.rows(submatrix.dense, submatrix.expected, tokens=tokens).double()
+    y = dense.rows(submatrix.dense, submatrix.expected, tokens=tokens).to(precision)
     if (small.norm is None) != (part.small.norm is None) or (small.norm is None) != (dense.norm is None):
         return y  # the output has other readers than the norm
     added = torch.zeros_like(y)
@@ -349,8 +353,8 @@ def _target(part: Part, submatrix: Submatrix, small: Read, dense: Read, tokens: 
     if part.small.norm is None or part.dense.norm is None:
         return y + added
     (scale, shift), (scale_, shift_) = (
-        part.dense.affine(submatrix.dense, submatrix.expected),
-        part.small.affine(submatrix.small, submatrix.rows),
+        [value.to(precision) for value in part.dense.affine(submatrix.dense, submatrix.expected)],
+        [value.to(precision) for value in part.small.affine(submatrix.small, submatrix.rows)],
     )
     same = torch.equal(scale, scale_) and torch.equal(shift, shift_)
     target = y + added / scale_ if same else (y * scale + shift + added - shift_) / scale_

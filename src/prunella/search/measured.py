@@ -86,12 +86,8 @@ Curve = list[tuple[float, float]]
 
 
 def recordings(model: nn.Module, batches: Sequence[Any], run: Outputs = forward) -> list[Recording]:
-    """The passes of the dense model over these batches, within `MOST` bytes together."""
-    passes = list[Recording]()
-    for batch in batches:
-        left = MOST - sum(recording.size for recording in passes)
-        passes.append(Recording.of(partial(run, model, batch), left))
-    return passes
+    """The passes of the dense model over these batches, whose states take at most `MOST` bytes together."""
+    return [Recording.of(partial(run, model, batch), MOST // len(batches)) for batch in batches]
 
 
 def curves(
@@ -106,15 +102,28 @@ def curves(
     """Group, fraction removed and loss, point after point, for the cuts `masks` (units removed -> kept) of each group.
 
     Call it in evaluation mode and without gradients, with readers of the recorded model, which is changed and restored.
-    Calls before the first changed layer are not repeated. Without a distance the passes must return inputs of `judged`.
+    Groups come in the order in which the model reads them; calls before the first changed layer are not repeated.
+    Without a distance the passes must return inputs of `judged`.
     """
     compare = distance or distance_of(passes[0].output)
-    for group, cuts in zip(groups, masks, strict=True):
+    order = {name: place for place, name in enumerate(readers.order)}
+    pairs = [(group, cuts) for group, cuts in zip(groups, masks, strict=True) if cuts]
+    pairs.sort(key=lambda pair: order.get(pair[0].name, len(order)))
+    weights = [readers.weights(group.name) for group, _ in pairs]
+    for number, (group, cuts) in enumerate(pairs):
+        for recording in passes:
+            recording.keep(map(recording.first, weights[number:]))
         parts = readers.of(group.name)
         for count, keep in cuts.items():
             with _cut(parts, keep, ridge) as changed:
-                losses = [compare(recording.output, recording.again(changed)) for recording in passes]
+                losses = [_loss(compare, recording, changed) for recording in passes]
             yield group.name, count / group.size, float(np.mean(losses))
+
+
+def _loss(compare: Distance, recording: Recording, changed: Sequence[Tensor]) -> float:
+    """The distance of the changed model. What is no number is computed once more, by the whole model."""
+    loss = compare(recording.output, recording.again(changed))
+    return loss if math.isfinite(loss) else compare(recording.output, recording.run())
 
 
 def _curves(
