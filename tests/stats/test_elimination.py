@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.errors import BadInput
 from prunella.graph.solve.groups import couple
+from prunella.stats import Source, Subject, elimination
+from prunella.stats.collect import collect
 from prunella.stats.elimination import Covariance, Quadratic, Readers, column_sums, compensated, eliminate
 
 
@@ -157,3 +163,62 @@ def test_sums_of_columns_are_those_of_float64(rows: int) -> None:
     assert column_sums(x).dtype == torch.float64
     assert torch.allclose(column_sums(x), x.double().sum(0), rtol=1e-5, atol=1e-2)
     assert torch.allclose(column_sums(x.double()), x.double().sum(0), rtol=1e-12)
+
+
+def deep(layers: int = 4) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)) for _ in range(layers)]
+    return nn.Sequential(*blocks).eval(), [torch.randn(32, 6) for _ in range(3)]
+
+
+def scores_of(model: nn.Module, data: Any) -> dict[str, Tensor]:
+    graph = couple(model, torch.zeros(1, 6))
+    subject = Subject(model, graph, groups=[group for group in graph.groups if group.size == 24])
+    return dict(collect(subject, ["unit_loss"], Source(data)).values["unit_loss"])
+
+
+def test_passes_that_hold_few_matrices_give_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = deep()
+    whole = scores_of(model, data)
+    alive, most, passes = WeakSet[Covariance](), 0, 0
+    add = Covariance.add
+
+    def counted(self: Covariance, x: Tensor) -> None:
+        nonlocal most
+        alive.add(self)
+        most = max(most, len(alive))
+        add(self, x)
+
+    def count(_: object, args: tuple[Tensor], output: object) -> None:
+        nonlocal passes
+        passes += len(args[0]) == 32  # of the data
+
+    monkeypatch.setattr(Covariance, "add", counted)
+    monkeypatch.setattr(Covariance, "__hash__", object.__hash__, raising=False)
+    model.register_forward_hook(count)
+    for bound, held, times in ((1 << 28, 4, 3), (2 * 8 * 24 * 24, 2, 6), (1, 1, 12)):
+        most, passes = 0, 0
+        monkeypatch.setattr(elimination, "MOST", bound)
+        parts = scores_of(model, data)
+        assert (most, passes) == (held, times), bound
+        assert list(parts) == list(whole) and all(parts[name].equal(whole[name]) for name in whole)
+
+
+def test_data_that_can_be_read_once_take_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = deep()
+    whole = scores_of(model, data)
+    monkeypatch.setattr(elimination, "MOST", 1)
+    parts = scores_of(model, iter(data))
+    assert all(parts[name].equal(whole[name]) for name in whole)
+
+    class Shrinking:
+        """Data that have fewer batches each time."""
+
+        left = 4
+
+        def __iter__(self) -> Iterator[Tensor]:
+            self.left -= 1
+            return iter(data[: self.left])
+
+    with pytest.raises(BadInput, match="gave 2 batches when it was read again"):
+        scores_of(model, Shrinking())

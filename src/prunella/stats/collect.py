@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +90,11 @@ def collect(
     data = _checked(source, (backward or list(factories))[0], asker, backward=bool(backward))
 
     def new_slots() -> dict[str, Slot]:
-        return {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
+        slots = {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
+        for slot in slots.values() if isinstance(data, Iterator) else ():
+            if hasattr(slot, "once"):
+                slot.once()
+        return slots
 
     slots, batches = new_slots(), 0
     with torch.set_grad_enabled(bool(backward)):
@@ -104,6 +108,7 @@ def collect(
                 slots = new_slots()  # without statistics of the failed pass
                 _add(subject.model, batch, source, slots, weights, batches)
             batches += 1
+        _more_passes(subject.model, data, source, slots, weights, batches)
     if not batches:
         raise BadInput(
             f"{asker} needs data, and data= holds no batches",
@@ -112,6 +117,26 @@ def collect(
         )
     unread = {entity: str(call) for slot in slots.values() for entity, call in getattr(slot, "unread", {}).items()}
     return Statistics(computed | {name: slot.result() for name, slot in slots.items()}, batches, unread)
+
+
+def _more_passes(
+    model: nn.Module,
+    data: Iterable[Any],
+    source: Source,
+    slots: Mapping[str, Slot],
+    weights: Mapping[str, Tensor],
+    batches: int,
+) -> None:
+    """Further passes over the data for the slots that ask for them. Errors: BadInput for data that end earlier."""
+    left = {name: slot for name, slot in slots.items() if hasattr(slot, "again")}
+    while batches and (left := {name: slot for name, slot in left.items() if slot.again()}):
+        number = 0
+        for batch in all_batches(data, required=False):
+            _add(model, batch, source, left, weights, number)
+            number += 1
+        if number < batches:
+            why = f"the first pass over it had {batches}"
+            raise BadInput(f"data= gave {number} batches when it was read again", why, "pass a list of batches")
 
 
 def _knobs(slot: Callable[..., Slot], given: Mapping[str, Any]) -> dict[str, Any]:

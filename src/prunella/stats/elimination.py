@@ -310,13 +310,29 @@ def _check_finite(name: str, gram: Gram) -> None:
         raise BadInput(f"the inputs of {name} are not finite", why, "check data= and the weights of the model")
 
 
+MOST = 1 << 28
+"""Bytes of the Gram matrices of one pass, if that is more than a quarter of the weights and than one group needs."""
+
+
 class UnitLoss:
-    """`unit_loss`: the relative loss at which a unit is eliminated, by `eliminate`, for each group with readers."""
+    """`unit_loss`: the relative loss at which a unit is eliminated, by `eliminate`, for each group with readers.
+
+    The Gram matrices of all groups together may be larger than the model. Each pass over the data then gathers those of
+    some groups, so that memory does not grow with the number of layers.
+    """
 
     def __init__(self, subject: Subject, *, ridge: float = 1e-3) -> None:
-        self._groups, self._ridge = [group for group in subject.groups if not group.paths], ridge
-        self._readers = Readers(subject.parameters, self._groups)
+        groups = [group for group in subject.groups if not group.paths]
+        self._parameters, self._ridge = subject.parameters, ridge
+        self._portions = _portions(groups, subject.parameters)
+        self._losses: dict[str, Tensor] = {}
         self._real: Tensor | None = None
+        self._readers = Readers(self._parameters, self._portions[0])
+
+    def once(self) -> None:
+        """Called if the data can be read only once: all groups take one pass."""
+        self._portions = [[group for portion in self._portions for group in portion]]
+        self._readers = Readers(self._parameters, self._portions[0])
 
     def begin(self, batch: Any) -> None:
         """Receives the batch before its pass; padding by its `attention_mask` is ignored."""
@@ -329,11 +345,35 @@ class UnitLoss:
     def add(self, grads: object) -> None:
         """Unused: this statistic needs no gradients."""
 
-    def result(self) -> dict[str, Tensor]:
-        """By name of the group; the weights of one group at a time are in float64."""
-        losses = {}
-        for group in self._groups:
+    def again(self) -> bool:
+        """Called after each pass over the data: whether another one is needed, for the next groups."""
+        for group in self._portions.pop(0):
             quadratics = [quadratic for _, quadratic in self._readers.of(group.name)]
             if quadratics:
-                losses[group.name] = eliminate(quadratics, group.size, ridge=self._ridge).losses
-        return losses
+                self._losses[group.name] = eliminate(quadratics, group.size, ridge=self._ridge).losses
+        self._readers = Readers(self._parameters, self._portions[0] if self._portions else ())
+        return bool(self._portions)
+
+    def result(self) -> dict[str, Tensor]:
+        """By name of the group; the weights of one group at a time are in float64."""
+        return self._losses
+
+
+def _portions(groups: Sequence[Group], parameters: Mapping[str, Tensor]) -> list[list[Group]]:
+    """Groups in order, as many together as `MOST` allows, at least one."""
+    most = max(MOST, sum(p.numel() * p.element_size() for p in parameters.values()) // 4)
+    portions, size = [list[Group]()], 0
+    for group in groups:
+        own = sum(_gram_bytes(parameters.get(m.entity), m.axis) for m in group.members if m.role == "in")
+        if portions[-1] and size + own > most:
+            portions, size = [*portions, []], 0
+        portions[-1].append(group)
+        size += own
+    return portions
+
+
+def _gram_bytes(weight: Tensor | None, axis: int) -> int:
+    """Of the Gram matrix of the inputs of a weight that has them on this axis and, in a convolution, behind it."""
+    if weight is None or weight.dim() < 2:
+        return 0
+    return 8 * (weight.numel() // weight.shape[1 if axis == 0 else 0]) ** 2

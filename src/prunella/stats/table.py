@@ -28,6 +28,8 @@ class Slot(Protocol):
     A slot with `each = True` sees the gradients of one sample at a time: every batch is split along its first axis. A
     slot with `twice = True` has `second(weights, grads)`, called with gradients that can be differentiated again.
     A slot with `begin(batch)` receives each batch before its pass.
+    A slot with `again()` is called after each pass over the data and returns whether it needs another one, of which
+    only such slots are part; its `once()` is called before the first pass if the data cannot be read again.
     Keyword-only parameters of a slot are knobs. A criterion sets them by its knobs of the same names.
     """
 
