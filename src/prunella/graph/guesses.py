@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import PLAIN, Hints, Setting
-from prunella.graph.trace.answers import refuses
 from prunella.graph.trace.kept_state import enter
 from prunella.model.executed import ExecutedSteps, executed
 from prunella.model.forward import forward, outputs_of
@@ -33,14 +32,13 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """The steps and modules run so far.
+    """The instructions and modules run so far. accepted: whether the model accepted the last batch.
 
-    accepted: whether the model accepted the last batch. refused: whether a `raise` or `assert` of its source did not.
     The examples run once a batch is accepted. Between the runs the model must not change.
     """
 
     def __init__(self, model: nn.Module, examples: Iterable[Any], guard: Steady | None = None) -> None:
-        self.model, self.guard, self.accepted, self.refused = model, guard or Steady(model), False, False
+        self.model, self.guard, self.accepted = model, guard or Steady(model), False
         self._examples, self._before, self._steps = tuple(examples), list[Seen](), ExecutedSteps()
 
     def forked(self) -> Seen:
@@ -60,7 +58,7 @@ class Seen:
 
     def codes(self) -> set[CodeType]:
         """The functions of the source that have run."""
-        return set(self.steps().steps)
+        return set(self.steps().places)
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model accepts this batch, with finite outputs, and runs something new on it."""
@@ -76,7 +74,6 @@ class Seen:
         self, batch: Any, observer: AbstractContextManager[Any] | None = None, setting: Setting = PLAIN
     ) -> ExecutedSteps | None:
         """The steps of one batch; None if the model does not accept it."""
-        self.refused = False
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.guard.run())
@@ -87,8 +84,7 @@ class Seen:
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
-        except Exception as error:  # a probe: whatever it raises, the model does not accept this batch
-            self.refused = refuses(error)
+        except Exception:  # a probe: whatever it raises, the model does not accept this batch
             return None
         return steps if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()) else None
 

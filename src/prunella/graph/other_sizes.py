@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.arguments import Variant
 from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Hints, Setting
@@ -33,13 +31,12 @@ from prunella.graph.resized import (
     turned,
 )
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.verify import Oracle, Verification, check, relative_error
+from prunella.graph.verify import Oracle, check, relative_error
 from prunella.model.calls import called
-from prunella.model.contained import contained
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import Steady, untouched
-from prunella.model.trees import each, tensors
+from prunella.model.trees import tensors
 from prunella.types import Keep
 
 _SAMPLES = 4
@@ -77,43 +74,6 @@ def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others
         if not _agrees(oracle, batch):
             return batch
     return None
-
-
-@dataclass(frozen=True)
-class ArgumentCheck:
-    """Of the batches with another argument: those on which a cut is wrong, and those with outputs that it narrows."""
-
-    wrong: tuple[Variant, ...] = ()
-    narrower: tuple[Variant, ...] = ()
-
-
-def check_arguments(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, tried: Sequence[Variant]) -> ArgumentCheck:
-    """Compare a cut with the masked model on batches with another argument.
-
-    What such an argument returns beside the outputs of the example may lack the removed positions.
-    """
-    applied, small = changes(graph, keep), copied(model)
-    if not applied or not tried:
-        return ArgumentCheck()
-    change_(small, applied)
-    oracle, guard = Oracle(model, small, applied), Steady(model)
-    wrong, narrower = list[Variant](), list[Variant]()
-    for variant in tried:
-        with contained():
-            checks = [_verified(oracle, batch, narrower=True) for batch in _of_both_signs(guard, variant.batch)]
-        if None in checks:
-            wrong.append(variant)
-        elif any(check.narrower for check in checks if check):
-            narrower.append(variant)
-    return ArgumentCheck(tuple(wrong), tuple(narrower))
-
-
-def _of_both_signs(guard: Steady, batch: Any) -> Iterator[Any]:
-    """A batch, and the same with other signs: a unit that is zero on one after a rectifier is not on the other."""
-    yield batch
-    if any(tensor.is_floating_point() for tensor in tensors(batch)):
-        turned_around = each(batch, lambda tensor: -tensor.detach() if tensor.is_floating_point() else tensor)
-        yield from [turned_around] if _runs(guard, turned_around) else []
 
 
 def check_sizes(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, others: Sequence[Any] = ()) -> None:
@@ -159,17 +119,6 @@ _UNCHECKED = frozenset("lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _thnn_fused_
 """Operations whose checks of sizes are in the module around them."""
 
 
-def _runs(guard: Steady, batch: Any) -> bool:
-    """Whether the model of the guard accepts a batch, with finite outputs."""
-    try:
-        with guard.run(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            outputs = outputs_of(guard.model, batch)
-    except Exception:  # a probe: whatever it raises, the model does not take this batch
-        return False
-    return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
-
-
 class _Probes:
     """Runs of the dense model on batches made from the example. known: shapes of the examples, and of what was given.
 
@@ -188,7 +137,13 @@ class _Probes:
 
     def runs(self, batch: Any) -> bool:
         """Whether the model accepts a batch, with finite outputs."""
-        return _runs(self.guard, batch)
+        try:
+            with self.guard.run(), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                outputs = outputs_of(self.model, batch)
+        except Exception:  # a probe: whatever it raises, the model does not take this size
+            return False
+        return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
 
     def first(self, batches: Iterable[Any]) -> list[Any]:
         """The first of these batches that is new and that the dense model accepts."""
@@ -248,19 +203,11 @@ class _Probes:
 
 def _agrees(oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN) -> bool:
     """Whether both compute the same, or the comparison is inconclusive: rounding alone changes the outputs as much."""
-    return _verified(oracle, batch, example=example, setting=setting) is not None
-
-
-def _verified(
-    oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN, narrower: bool = False
-) -> Verification | None:
-    """The comparison; None if it fails."""
     try:
-        verification = oracle.verify(batch, example=example, setting=setting, narrower=narrower)
+        verification = oracle.verify(batch, example=example, setting=setting)
     except NotSupported:
-        return None
-    right = verification.exact or _shaken(oracle.small, oracle.done, batch) >= verification.error * _NOISE
-    return verification if right else None
+        return False
+    return verification.exact or _shaken(oracle.small, oracle.done, batch) >= verification.error * _NOISE
 
 
 _NOISE = 1e-2

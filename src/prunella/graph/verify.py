@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -52,8 +50,6 @@ class Verification:
     tolerance: float
     outputs: int
     dtype: str = "float64"
-    narrower: int = 0
-    """Outputs without the removed positions, where these are allowed: see `verify`."""
 
     @property
     def exact(self) -> bool:
@@ -85,15 +81,13 @@ def verify(
     *,
     example: int = 0,
     setting: Setting = PLAIN,
-    narrower: bool = False,
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
-    narrower: outputs may lack the removed positions of a cut axis; they are compared at the kept ones.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
-    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting, narrower=narrower)
+    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
 
 
 class Oracle:
@@ -104,17 +98,14 @@ class Oracle:
         self._keeps = sum(p.numel() * p.element_size() for p in dense.parameters()) <= _KEPT
         self._copies: dict[tuple[str, bool], Steady] = {}
 
-    def verify(
-        self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN, narrower: bool = False
-    ) -> Verification:
+    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN) -> Verification:
         """See `verify`."""
         if any(p.device.type == "meta" for p in self.dense.parameters()):
             return self._same_shapes(inputs)
-        done = self.done.on(example)
         try:
-            return _compare(self, done, inputs, double=True, setting=setting, narrower=narrower)
+            return _compare(self, self.done.on(example), inputs, double=True, setting=setting)
         except _DenseFailed:
-            return _compare(self, done, inputs, double=False, setting=setting, narrower=narrower)
+            return _compare(self, self.done.on(example), inputs, double=False, setting=setting)
 
     def _same_shapes(self, inputs: Any) -> Verification:
         models = [Steady(model) for model in (self.dense, self.small)]
@@ -231,20 +222,17 @@ class _Pair:
         return seen
 
 
-def _compare(
-    oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting, narrower: bool
-) -> Verification:
+def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting) -> Verification:
     batch, *before = (
         known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
     )
     setting = replace(setting, before=tuple(before))
     pair, tolerance = _Pair(oracle, done, batch, double, setting), TOLERANCE if double else SINGLE
-    compare = partial(_difference, done=done, narrower=narrower)
     reference, result, still = pair.reference(), pair.result(), False
-    worst = compare(reference, result)
+    worst = _difference(reference, result, done)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
         reference, result, still = pair.reference(still=True), pair.result(still=True), True
-        worst = compare(reference, result)
+        worst = _difference(reference, result, done)
     if worst > tolerance:
         _check_repeats(reference, pair.reference(still=True), tolerance)
     if not _has_numbers(reference.outputs):
@@ -254,47 +242,13 @@ def _compare(
                 "its outputs on the example contain no numbers, and neither do those of its inner layers"
             )
         worst = max(worst, relative_error(*inner))
-    lost = _narrowed(reference, result) if narrower else 0
-    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision", lost)
+    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
 
 
-def _difference(reference: Observed, result: Observed, *, done: Changes, narrower: bool) -> float:
+def _difference(reference: Observed, result: Observed, done: Changes) -> float:
     """The relative error of the outputs and of the tensors that both runs leave on their models."""
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
-    outputs = reference.outputs
-    if narrower and len(outputs) == len(result.outputs):
-        outputs = [_restricted_to(a, b, done) for a, b in zip(outputs, result.outputs, strict=True)]
-    return max(relative_error(outputs, result.outputs), relative_error(*kept))
-
-
-def _narrowed(reference: Observed, result: Observed) -> int:
-    """The number of outputs, and of tensors that the runs leave on their models, of another size."""
-    pairs = [*zip(reference.outputs, result.outputs, strict=False)]
-    pairs += [(tensor, result.kept[name]) for name, tensor in reference.kept.items() if name in result.kept]
-    return sum(a.shape != b.shape for a, b in pairs)
-
-
-def _restricted_to(dense: Tensor, small: Tensor, done: Changes) -> Tensor:
-    """The positions of an output that the smaller one may have: those that a cut of as many positions keeps."""
-    if dense.dim() != small.dim() or dense.shape == small.shape:
-        return dense
-    axes = [axis for axis in range(dense.dim()) if dense.shape[axis] != small.shape[axis]]
-    sizes = {axis: (dense.shape[axis], small.shape[axis]) for axis in axes}
-    cuts = {size: _positions_kept(done, *size) for size in set(sizes.values())}
-    for chosen in product(*(cuts[sizes[axis]] for axis in axes)):
-        part = dense
-        for axis, kept in zip(axes, chosen, strict=True):
-            part = part.index_select(axis, kept.to(dense.device))
-        if relative_error([part], [small]) <= TOLERANCE:
-            return part
-    return dense
-
-
-def _positions_kept(done: Changes, before: int, after: int) -> list[Tensor]:
-    """The different sets of so many positions that a cut keeps of an axis of that size, also of heads as a whole."""
-    found = [kept for axes in done.cuts.values() for kept in axes.values()]
-    sets = {tuple(kept.tolist()): kept for kept in found if len(kept) == after and int(kept.max()) < before}
-    return list(sets.values())
+    return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
 
 
 def _common(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -377,7 +331,7 @@ def _run(
             before = {id(tensor): tensor for tensor in kept_on(model).values()}
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(Restricted(along))
-            stack.enter_context(AnswerMode(setting.answers, model=model) if setting.answers else nullcontext())
+            stack.enter_context(AnswerMode(setting.answers) if setting.answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])

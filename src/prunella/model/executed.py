@@ -1,6 +1,6 @@
-"""The steps of a run through a model's source, from place to place, and the modules that it calls.
+"""The instructions of a model's source that a run executes, and the modules that it calls.
 
-Two runs that differ in them have taken different branches, or another number of turns of a loop.
+Two runs that differ in them have taken different branches.
 """
 
 from __future__ import annotations
@@ -31,91 +31,68 @@ _LEAVES = frozenset({"RETURN_VALUE", "RAISE_VARARGS", "RERAISE", "YIELD_VALUE", 
 """Instructions after which another block begins, beside the jumps."""
 
 
-Step = tuple[int, int, bool]
-"""From one place of a function to the next, and whether again. A place is a negative line or an instruction."""
-
-
 @dataclass(frozen=True)
 class ExecutedSteps:
-    """What has run. steps: by function. modules: identities."""
+    """What has run. places: function -> its lines, as negative numbers, or its instructions. modules: identities."""
 
-    steps: dict[CodeType, set[Step]] = field(default_factory=dict)
+    places: dict[CodeType, set[int]] = field(default_factory=dict)
     modules: set[int] = field(default_factory=set)
 
     def __le__(self, other: ExecutedSteps) -> bool:
         """Whether all of this is in `other`."""
-        known = all(code in other.steps and steps <= other.steps[code] for code, steps in self.steps.items())
+        known = all(code in other.places and places <= other.places[code] for code, places in self.places.items())
         return known and self.modules <= other.modules
 
     def add(self, other: ExecutedSteps) -> None:
         """Add what has run in another run."""
         self.modules.update(other.modules)
-        for code, steps in other.steps.items():
-            self.steps.setdefault(code, set()).update(steps)
+        for code, places in other.places.items():
+            self.places.setdefault(code, set()).update(places)
 
 
 @contextmanager
 def executed(model: nn.Module) -> Iterator[ExecutedSteps]:
-    """Inside, collect the steps that run outside of torch, this package and Python, and the modules called.
+    """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called.
 
-    That an instruction was passed over shows in the step beside it, and a second turn of a loop as a step taken again.
     A line stands for its instructions where none of them runs without the others.
     """
-    executed_steps = ExecutedSteps()
-    followed: dict[int, _Function | None] = {}  # by identity: a function of many constants is slow to hash
+    steps = ExecutedSteps()
+    tracers: dict[int, Callable[..., Any] | None] = {}  # by identity: a function of many constants is slow to hash
 
     def entered(frame: FrameType, _: str, __: Any) -> Any:
         code = frame.f_code
-        if id(code) not in followed:
-            followed[id(code)] = _function(code, executed_steps) if is_source(code.co_filename) else None
-        function = followed[id(code)]
-        return function.tracer() if function else None
+        if id(code) not in tracers:
+            tracers[id(code)] = _tracer(code, steps) if is_source(code.co_filename) else None
+        return tracers[id(code)]
 
-    handles = [
-        module.register_forward_pre_hook(lambda m, _: executed_steps.modules.add(id(m))) for module in model.modules()
-    ]
+    handles = [module.register_forward_pre_hook(lambda m, _: steps.modules.add(id(m))) for module in model.modules()]
     before = sys.gettrace()
     sys.settrace(entered)
     try:
-        yield executed_steps
+        yield steps
     finally:
         sys.settrace(before)
         for handle in handles:
             handle.remove()
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A function with branches: the lines that are followed by instruction, and its steps so far."""
+def _tracer(code: CodeType, steps: ExecutedSteps) -> Callable[..., Any] | None:
+    """What follows a function that runs; None where it has no branch."""
+    places = steps.places.setdefault(code, set())
+    mixed = _mixed_lines(code)
+    if mixed is None:
+        places.add(0)
+        return None
 
-    mixed: frozenset[int]
-    steps: set[Step]
-
-    def tracer(self) -> Callable[..., Any]:
-        """Follow one call of the function."""
-        last, here = 0, set[tuple[int, int]]()
-
-        def each(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal last
-            if event == "line":
-                frame.f_trace_opcodes = frame.f_lineno in self.mixed
-            if event in ("line", "opcode"):
-                step = last, (-frame.f_lineno if event == "line" else frame.f_lasti)
-                self.steps.add((*step, step in here))
-                here.add(step)
-                last = step[1]
-            return each
-
+    def each(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            places.add(-frame.f_lineno)
+            frame.f_trace_opcodes = frame.f_lineno in mixed
+        elif event == "opcode":
+            places.add(frame.f_lasti)
         return each
 
-
-def _function(code: CodeType, executed_steps: ExecutedSteps) -> _Function | None:
-    """What follows a function that runs; None where it has no branch."""
-    steps, mixed = executed_steps.steps.setdefault(code, set()), _mixed_lines(code)
-    if mixed is None:
-        steps.add((0, 0, False))
-        return None
-    return _Function(mixed, steps)
+    return each
 
 
 @cache

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Depth, Ranked, Structural, Vocabulary
-from prunella.graph.arguments import Variant, Variants
 from prunella.graph.data import Frozen, Graph, Group, Kind, Layer, ReasonKind
 from prunella.graph.match import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.graph.matrix import to_matrix
@@ -47,7 +46,6 @@ class Request:
 
     target: None if the recipe or a search determines the counts. before: masks of earlier rounds.
     others: further examples, traced into the same graph. by_hand: units chosen by name, regardless of the budget.
-    tried: batches with other arguments; None before they are searched. traced: those of them in the graph.
     """
 
     model: nn.Module
@@ -62,8 +60,6 @@ class Request:
     before: Before | None = None
     others: tuple[Inputs, ...] = ()
     by_hand: ByHand = NOTHING_BY_HAND
-    tried: Variants | None = None
-    traced: tuple[Variant, ...] = ()
 
     @property
     def examples(self) -> Examples:
@@ -99,21 +95,13 @@ def prepare(
 
 def with_example(request: Request, example: Inputs) -> Request:
     """The request with one more example in its graph; earlier reasons are kept. Errors: those of `couple`."""
-    return _widened(request, (*request.others, example), request.traced)
-
-
-def with_arguments(request: Request, wrong: Sequence[Variant]) -> Request:
-    """The same with batches that have other arguments."""
-    return _widened(request, request.others, (*request.traced, *wrong))
-
-
-def _widened(request: Request, others: tuple[Inputs, ...], traced: tuple[Variant, ...]) -> Request:
-    graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only, traced)
+    others = (*request.others, example)
+    graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only)
     reasons = {(entry.entity, entry.axis, entry.count): entry for entry in request.graph.frozen}
     told = tuple(reasons.get((entry.entity, entry.axis, entry.count), entry) for entry in graph.frozen)
     graph = replace(graph, frozen=told)
     probe = LatencyProbe(request.model, graph, request.inputs)
-    return replace(request, graph=graph, probe=probe, others=others, traced=traced)
+    return replace(request, graph=graph, probe=probe, others=others)
 
 
 def _coupled(
@@ -123,9 +111,8 @@ def _coupled(
     recipe: Recipe,
     skip: Sequence[str],
     only: Sequence[str],
-    traced: Sequence[Variant] = (),
 ) -> Graph:
-    graph = couple(model, inputs, others, [(variant.text, variant.batch) for variant in traced])
+    graph = couple(model, inputs, others)
     check_patterns(graph, skip, only)
     if any(isinstance(granularity, Depth) for granularity in recipe.granularities):
         graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
