@@ -33,7 +33,9 @@ def values_beside(model: nn.Module) -> Iterator[Any]:
     holders = beside(model)
     files = {holder.__name__ for holder in holders if isinstance(holder, ModuleType)}
     for holder in holders:
-        for value in list(vars(holder).values()):
+        for name, value in list(vars(holder).items()):
+            if name.startswith("__"):  # `__builtins__` are those of the process
+                continue
             if (type(value) in CONTAINERS and len(value) <= _LARGEST) or type(value).__module__ in files:
                 yield value
 
