@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -20,12 +21,12 @@ def test_units_that_nothing_reads_go_and_others_stay() -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight[:, [1, 4]] = 0
-        model[0].weight[2] = 0  # still a constant: its bias is read
+        model[0].weight[2] = 0  # still a constant: its bias is read, and goes into the next one
     plan = pr.planning.plan_zeros(model, X)
-    assert {row.name: row.kept for row in plan.rows} == {"0": 4, "2": 5}
-    assert plan.got == pytest.approx(2 / 11) and plan.target is None
+    assert {row.name: row.kept for row in plan.rows} == {"0": 3, "2": 5} and set(plan.weights) == {"2.bias"}
+    assert plan.got == pytest.approx(3 / 11) and plan.target is None
     small = pr.shrink(model, plan)
-    assert torch.allclose(small(X), model(X), atol=1e-6) and small[0].out_features == 4
+    assert torch.allclose(small(X), model(X), atol=1e-6) and small[0].out_features == 3
     assert "by hand" in str(plan)
 
 
@@ -213,14 +214,88 @@ def test_zero_filters_of_a_checkpoint_make_a_smaller_model() -> None:
 
 
 def test_constant_units_that_stay_are_named() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    model = convolutions(nn.ReLU(), norm=False)
     with torch.no_grad():
         model[0].weight[:3] = 0
         model[0].bias[:3] = torch.tensor([0.5, -0.5, 1.0])
-    plan = pr.train.plan_zeros(model, torch.randn(2, 6))
+    plan = pr.train.plan_zeros(model, IMAGE)
     assert plan.keep["0"].tolist() == [True, False, *[True] * 6], "a constant that is read as 0 goes"
-    assert any("2 units of 0 have zero weights and are kept" in remark for remark in plan.remarks)
+    remark = next(remark for remark in plan.remarks if "2 units of 0 have zero weights and are kept" in remark)
+    assert "2.weight pads with zeros, so that fewer positions read the constant at the border" in remark
+
+
+class Chain(nn.Module):
+    """A convolution with a norm, read by `reader` and by a second layer."""
+
+    def __init__(self, reader: nn.Module, second: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.reader = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), reader
+        self.after, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+        self.second = second
+        for norm in (self.norm, self.after):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, 0.1, 0.5)
+            norm.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x)).sigmoid()
+        z = self.last(self.after(self.reader(y)).relu())
+        return z if self.second is None else z.mean((2, 3)) + self.second(y.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+EXACT: dict[str, tuple[nn.Module, nn.Module | None, set[str]]] = {
+    "a bias": (nn.Conv2d(8, 4, 3), None, {"reader.bias"}),
+    "the mean of a norm": (nn.Conv2d(8, 4, 1, bias=False), None, {"after.running_mean"}),
+    "a border of the image's own": (nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), None, {"reader.bias"}),
+    "one position": (nn.Conv2d(8, 4, 1, padding="same"), None, {"reader.bias"}),
+    "two readers": (nn.Conv2d(8, 4, 2), nn.Linear(8, 2), {"reader.bias", "second.bias"}),
+}
+
+
+@pytest.mark.parametrize("dead", [("a.weight", "a.bias"), ("norm.weight",)], ids=["filter", "scale"])
+@pytest.mark.parametrize(("reader", "second", "places"), EXACT.values(), ids=EXACT)
+def test_a_constant_goes_into_what_reads_it(
+    reader: nn.Module, second: nn.Module | None, places: set[str], dead: tuple[str, ...]
+) -> None:
+    model = zeroed(Chain(reader, second), *dead)
+    plan = pr.planning.plan_zeros(model, IMAGE)
+    small = pr.shrink(model, plan)
+    assert set(plan.weights) == places and small.a.out_channels == 5  # type: ignore[union-attr]
+    for x in (IMAGE, torch.randn(3, 3, 9, 7) * 5):
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+    masked = pr.apply_(copy.deepcopy(model), plan)
+    assert torch.allclose(masked(IMAGE), model(IMAGE), atol=1e-5)
+
+
+KEPT: dict[str, tuple[nn.Module, nn.Module | None, str]] = {
+    "a padded border": (nn.Conv2d(8, 4, 3, padding=1), None, "pads with zeros"),
+    "padding of one position": (nn.Conv2d(8, 4, 1, padding=1), None, "pads with zeros"),
+    "no place": (nn.Conv2d(8, 4, 3), nn.Linear(8, 2, bias=False), "second has no bias, and no batch norm"),
+    "transposed": (nn.ConvTranspose2d(8, 4, 3), None, "is read in a form"),
+}
+
+
+@pytest.mark.parametrize(("reader", "second", "reason"), KEPT.values(), ids=KEPT)
+def test_a_constant_that_no_bias_makes_up_for_stays(reader: nn.Module, second: nn.Module | None, reason: str) -> None:
+    model = zeroed(Chain(reader, second), "a.weight", "a.bias")
+    with pytest.raises(NotSupported, match="no unit is exactly zero") as caught:
+        pr.planning.plan_zeros(model, IMAGE)
+    assert reason in caught.value.why
+
+
+def test_a_group_of_constants_alone_keeps_one() -> None:
+    model = zeroed(Chain(nn.Conv2d(8, 4, 3)), "norm.weight", units=slice(None))
+    small = pr.shrink(model, pr.planning.plan_zeros(model, IMAGE))
+    assert small.a.out_channels == 1 and torch.allclose(small(IMAGE), model(IMAGE), atol=1e-5)
+
+
+def test_imported_constants_go_into_what_reads_them() -> None:
+    pruned, dense = zeroed(Chain(nn.Conv2d(8, 4, 3)), "a.weight", "a.bias"), Chain(nn.Conv2d(8, 4, 3))
+    plan = pr.importers.import_plan(dense, IMAGE, pruned.state_dict(), units=True)
+    small = pr.shrink(dense, plan)
+    assert small.a.out_channels == 5 and torch.allclose(small(IMAGE), pruned(IMAGE), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

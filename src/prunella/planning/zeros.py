@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Frozen, Graph, Group, Member, ReasonKind
 from prunella.graph.double import as_double
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
+from prunella.graph.other_sizes import other_sizes
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, relative_error, unproven
 from prunella.model.copying import copied
@@ -23,6 +24,7 @@ from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.checks import foreign_weights
+from prunella.planning.constants import constants_read
 from prunella.planning.diagnostics import obstacles
 from prunella.planning.plan import Plan
 from prunella.stats import Source, Subject, collect
@@ -46,7 +48,9 @@ def plan_zeros(
     are zero, or the scale of the norm behind them, and on `inputs` all that reads it reads 0. If no weight reads it,
     all its own weights have to be zero. Each group is tried: if its removal changes the output in float64 on `inputs`,
     the group is kept, and the plan gives the reason. The minimum of units is always kept. A constant that is read as
-    another number than 0 is kept; `fold_means` folds it. With `Element()` the masks are the zeros of every layer.
+    another number than 0 goes where the layers that read it can make up for it exactly: by their bias, or by the mean
+    of the batch normalization behind them (`Plan.weights`). Where they cannot, as at the border of a padded
+    convolution, it is kept, and a remark says why. With `Element()` the masks are the zeros of every layer.
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
     granularity: `Channel()`, `Head()`, both, or `Element()`.
@@ -72,32 +76,98 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
     faults = _faults(model, graph, wanted, inputs)
     frozen = [*graph.frozen, *(_stays(g, faults[g.name]) for g in groups if g.name in faults)]
     keep = {g.name: dead[g.name] for g in groups if g.name not in faults}
+    folded = _folded(model, graph, [group for group in groups if group.name in keep], keep, inputs)
+    keep |= folded.keep
     if all(bool(mask.all()) for mask in keep.values()):
-        why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
-        if not groups:
-            foreign = foreign_weights(model)
-            why = "\n".join([*obstacles(graph, graph.frozen), *foreign]) or "the model has no parameters"
-            raise NotSupported(
-                "no unit is exactly zero: none could be removed",
-                why,
-                "`prunella inspect` shows the groups",
-            )
-        looked_at = f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
-        why = why or f"{looked_at}{_constants(model, groups)}"
-        what = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"
-        raise NotSupported(what, why, "train longer or with more strength; small is not zero")
+        raise _nothing(model, graph, groups, faults, folded.faults)
     made = Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
-    return replace(made, remarks=(*made.remarks, *_constants_kept(model, groups, keep)))
+    remarks = (*made.remarks, *_constants_kept(model, groups, keep, folded.faults))
+    return replace(made, weights=folded.weights, remarks=remarks)
 
 
-def _constants_kept(model: nn.Module, groups: Sequence[Group], keep: Keep) -> Iterator[str]:
-    """The kept units with constant outputs, and why they are kept."""
+def _nothing(
+    model: nn.Module, graph: Graph, groups: list[Group], faults: Mapping[str, str], unfolded: Mapping[str, str]
+) -> NotSupported:
+    if not groups:
+        foreign = foreign_weights(model)
+        why = "\n".join([*obstacles(graph, graph.frozen), *foreign]) or "the model has no parameters"
+        todo = "`prunella inspect` shows the groups"
+        return NotSupported("no unit is exactly zero: none could be removed", why, todo)
+    looked_at = f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
+    reasons = [f"{name}: {reason}" for name, reason in faults.items()]
+    kept = "".join(f"; {name}: {reason}" for name, reason in unfolded.items())
+    why = "; ".join(reasons) or f"{looked_at}{_constants(model, groups)}{kept}"
+    zero = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"
+    return NotSupported(zero, why, "train longer or with more strength; small is not zero")
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """Masks without the constant units that a bias makes up for, the new biases, and why other groups keep theirs."""
+
+    keep: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    faults: dict[str, str]
+
+
+def _folded(model: nn.Module, graph: Graph, groups: Sequence[Group], keep: Keep, inputs: Inputs) -> _Folded:
+    """Remove constant units group by group, as long as the output stays the same."""
+    some = [group for group in groups if bool((_constant(model, group) & keep[group.name]).any())]
+    read = constants_read(model, some, inputs) if some else None
+    done = _Folded({}, {}, {})
+    for group in some if read else ():
+        units = _removable(group, keep[group.name], _constant(model, group))
+        shifts = read.fold(group, units) if read and bool(units.any()) else {}
+        if isinstance(shifts, str):
+            done.faults[group.name] = shifts
+        if not shifts or isinstance(shifts, str):
+            continue
+        new = {group.name: keep[group.name] & ~units}
+        weights = {**done.weights, **_shifted(model, shifts, done.weights)}
+        if _same(model, graph, {**keep, **done.keep, **new}, inputs, weights):
+            done.keep.update(new)
+            done.weights.update(weights)
+        else:
+            done.faults[group.name] = "no bias makes up for them exactly"
+    return done
+
+
+def _removable(group: Group, keep: Tensor, constant: Tensor) -> Tensor:
+    """The constant units that may go, by rising index, so that as many are left as the group needs."""
+    units = (keep & constant).nonzero().flatten()
+    left = int(keep.sum()) - len(units)
+    least = max(left, group.min_units)
+    spare = min(-(-least // group.multiple) * group.multiple, group.size) - left
+    removed = torch.zeros(group.size, dtype=torch.bool)
+    removed[units[max(spare, 0) :]] = True
+    return removed
+
+
+def _shifted(model: nn.Module, shifts: Mapping[str, Tensor], done: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    old = {name: done.get(name, held[name]).detach() for name in shifts}
+    new = {name: old[name].double() + shift.to(old[name].device) for name, shift in shifts.items()}
+    return {name: values.to(old[name].dtype) for name, values in new.items()}
+
+
+def _same(model: nn.Module, graph: Graph, keep: Keep, inputs: Inputs, weights: Mapping[str, Tensor]) -> bool:
+    """Whether the smaller model with these weights has the outputs of the model, on the example and on other sizes."""
+    replaced = copied(model)
+    replaced.load_state_dict({**replaced.state_dict(), **weights})
+    if unproven(replaced, graph, keep, inputs):
+        return False
+    return all(_unchanged(model, graph, keep, batch, replaced) for batch in (inputs, *other_sizes(model, inputs)))
+
+
+def _constants_kept(model: nn.Module, groups: Sequence[Group], keep: Keep, faults: Mapping[str, str]) -> Iterator[str]:
+    """The units that compute the same for every input and are kept, and why."""
     for group in groups:
         count = int((_constant(model, group) & keep[group.name]).sum()) if group.name in keep else 0
         if count and int(keep[group.name].sum()) > group.min_units:
+            why = f" ({faults[group.name]})" if group.name in faults else ""
             yield (
                 f"{count} units of {group.name} have zero weights and are kept: their bias or the shift of their norm "
-                "makes them a constant that is read as another number than 0; prune them with pr.plan, then "
+                f"makes them a constant that is read as another number than 0{why}; prune them with pr.plan, then "
                 "fold_means adds the constant to the biases that read it"
             )
 
@@ -194,11 +264,14 @@ def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str
     return faults | dict.fromkeys(worse or left, "its units are zero, yet the output changes without them")
 
 
-def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
-    """Whether the model without these units has the same output, in float64 where the model runs in it."""
-    small = copied(model)
+def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, replaced: nn.Module | None = None) -> bool:
+    """Whether the model without these units has the same output, in float64 where the model runs in it.
+
+    replaced: the same model with other biases, of which the smaller one is cut. They are rounded to their type.
+    """
+    small = copied(replaced or model)
     change_(small, changes(graph, keep))
-    for double, tolerance in ((True, TOLERANCE), (False, SINGLE)):
+    for double, tolerance in ((True, TOLERANCE if replaced is None else _ROUNDED), (False, SINGLE)):
         batch = as_double(inputs) if double else inputs
         try:
             with torch.no_grad():
@@ -207,6 +280,10 @@ def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
             continue
         return relative_error(*outputs) <= tolerance
     return False
+
+
+_ROUNDED = 1e-5
+"""Of biases that are rounded to float32, relative to the outputs."""
 
 
 def _cast(model: nn.Module, double: bool) -> nn.Module:

@@ -70,7 +70,9 @@ def import_plan(
 def _without_units(model: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
     """The plan that also removes units that are zero by its masks and weights."""
     cut = plan_zeros(apply_(copied(model), plan), inputs)
-    return replace(cut, masks=plan.masks, weights=plan.weights, remarks=(*plan.remarks, *cut.remarks))
+    return replace(
+        cut, masks=plan.masks, weights={**plan.weights, **cut.weights}, remarks=(*plan.remarks, *cut.remarks)
+    )
 
 
 def importer_of(state: State, *, apart: bool = False) -> Importer:
