@@ -267,3 +267,15 @@ def test_other_functions_take_it_or_say_what_to_do(use: str, tmp_path: Path) -> 
         USES[use](pruned(), tmp_path)
     except PruningError as error:
         assert error.todo and ("plain_weights_" in error.todo or use == "low_rank")  # which refuses any masks
+
+
+def test_masks_of_torchs_pruning_are_masks_and_are_dropped() -> None:
+    model = pruned()
+    prune.random_unstructured(model[3], "bias", 1)  # type: ignore[index]
+    masks, before = pr.masks_of(model), model(X)
+    assert sorted(masks) == ["0.weight", "3.bias", "3.weight"] and prune.is_pruned(model)
+    assert all(torch.equal(mask, model.get_buffer(f"{name}_mask") != 0) for name, mask in masks.items())
+    assert pr.masks_of(nn.DataParallel(model)).keys() == masks.keys()
+    plain = pr.finalize(model)
+    assert plain is model and torch.equal(plain(X), before) and not prune.is_pruned(plain)
+    assert pr.masks_of(plain) == {} and plain.state_dict().keys() == base().state_dict().keys()

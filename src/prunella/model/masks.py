@@ -20,11 +20,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.undo import writable
 from prunella.model.unwrap import RECORD as RECORD
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import torch_pruned, unwrap
 from prunella.types import Mask
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, n
 def masks_of(model: nn.Module) -> dict[str, Mask]:
     """Parameter name -> bool mask (True is kept) of every masked parameter; a tied parameter under all its names.
 
-    Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers.
+    Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers. Masks of
+    `torch.nn.utils.prune` count, under the names that the parameters have without it.
 
     Example:
 
@@ -94,7 +96,30 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
         >>> {name: float(mask.float().mean()) for name, mask in pr.masks_of(model).items()}
         {'weight': 0.5}
     """
-    return {name: packed.unpack() for name, _, packed in records(model, sharded=True)}
+    root = unwrap(model, sharded=True, computed=True)
+    paths = {module: path for path, module in root.named_modules()}
+    masks = {f"{paths[module]}.{leaf}".lstrip("."): _torch_mask(module, leaf) for module, leaf in torch_pruned(root)}
+    return {**masks, **{name: packed.unpack() for name, _, packed in records(model, sharded=True)}}
+
+
+def plain_weights_(model: M) -> M:
+    """Turn torch's pruning into plain weights with masks of prunella, in place; the model computes the same."""
+    for module, name in torch_pruned(unwrap(model, computed=True)):
+        kept = _torch_mask(module, name)
+        order = list(module._parameters)
+        prune.remove(module, name)  # type: ignore[no-untyped-call]
+        names = [name if entry == f"{name}_orig" else entry for entry in order]
+        module._parameters = {entry: module._parameters[entry] for entry in names}
+        parameter = module._parameters[name]
+        assert parameter is not None
+        record_(module, {parameter: kept})
+    return model
+
+
+def _torch_mask(module: nn.Module, name: str) -> Mask:
+    mask = module._buffers[f"{name}_mask"]
+    assert mask is not None
+    return mask.to(torch.bool)
 
 
 def reapply_(model: M) -> M:
@@ -108,6 +133,7 @@ def reapply_(model: M) -> M:
 def finalize(model: M) -> M:
     """Check that every masked weight is exactly zero, drop the masks, and return the model; no weight changes.
 
+    Weights under `torch.nn.utils.prune` become plain parameters with the values that they have there.
     `CheckFailed` if training has revived masked weights. A model without masks is returned as it is, and a warning is
     logged: its masks were dropped already, or belong to another copy of it.
 
@@ -119,6 +145,7 @@ def finalize(model: M) -> M:
         >>> pr.masks_of(pr.finalize(model)), int(model.weight.count_nonzero())
         ({}, 32)
     """
+    plain_weights_(model)
     if not any(True for _ in records(model)):
         log.warning("finalize: the model has no masks; they were dropped already, or belong to another copy of it")
     for name, parameter, packed in records(model):

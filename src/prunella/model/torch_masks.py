@@ -6,33 +6,11 @@ it to plain weights first. Parameters remain the same objects, so that an optimi
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-import torch
 from torch import nn
-from torch.nn.utils import prune
 
 from prunella.model.copying import copied
-from prunella.model.masks import record_
+from prunella.model.masks import plain_weights_
 from prunella.model.unwrap import torch_pruned, unwrap
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def plain_weights_(model: M) -> M:
-    """Turn torch's pruning into plain weights with masks of prunella, in place; the model computes the same."""
-    for module, name in torch_pruned(unwrap(model, computed=True)):
-        mask = module._buffers[f"{name}_mask"]
-        assert mask is not None
-        kept = mask.to(torch.bool)
-        order = list(module._parameters)
-        prune.remove(module, name)  # type: ignore[no-untyped-call]
-        names = [name if entry == f"{name}_orig" else entry for entry in order]
-        module._parameters = {entry: module._parameters[entry] for entry in names}
-        parameter = module._parameters[name]
-        assert parameter is not None
-        record_(module, {parameter: kept})
-    return model
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:

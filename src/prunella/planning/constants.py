@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from prunella.graph.data import Group
-from prunella.graph.verify import as_double
+from prunella.graph.double import as_double
 from prunella.model.copying import copied
 from prunella.model.forward import forward
 from prunella.model.state import untouched

@@ -21,6 +21,7 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, relative_error, unproven
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
+from prunella.model.masks import reapply_
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.checks import foreign_weights
@@ -154,6 +155,7 @@ def _same(model: nn.Module, graph: Graph, keep: Keep, inputs: Inputs, weights: M
     """Whether the smaller model with these weights has the outputs of the model, on the example and on other sizes."""
     replaced = copied(model)
     replaced.load_state_dict({**replaced.state_dict(), **weights})
+    reapply_(replaced)  # a masked bias makes up for nothing
     if unproven(replaced, graph, keep, inputs):
         return False
     return all(_unchanged(model, graph, keep, batch, replaced) for batch in (inputs, *other_sizes(model, inputs)))

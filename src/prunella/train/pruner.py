@@ -17,8 +17,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prunella.errors import RequestError
-from prunella.model.masks import Packed, copy_masks_, forget_masks_, masks_of, reapply_, record_, records, saved_masks
-from prunella.model.torch_masks import plain_weights_
+from prunella.model.masks import (
+    Packed,
+    copy_masks_,
+    forget_masks_,
+    masks_of,
+    plain_weights_,
+    reapply_,
+    record_,
+    records,
+    saved_masks,
+)
 from prunella.model.unwrap import bare_optimizer, bare_optimizers, unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan

@@ -6,8 +6,8 @@ from prunella.errors import suggesting
 from prunella.model.masks import copy_masks_ as copy_masks_
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
+from prunella.model.masks import plain_weights_ as plain_weights_
 from prunella.model.masks import reapply_ as reapply_
-from prunella.model.torch_masks import plain_weights_ as plain_weights_
 from prunella.transform.apply import apply_ as apply_
 from prunella.transform.controls import collapsed as collapsed
 from prunella.transform.controls import reinitialized as reinitialized

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.model.constants import constants
-from prunella.model.masks import forget_masks_, reapply_, record_
-from prunella.model.torch_masks import plain_weights_
+from prunella.model.masks import forget_masks_, plain_weights_, reapply_, record_
 from prunella.model.undo import writable
 from prunella.model.unwrap import unwrap
 from prunella.model.weight_norm import scaled_by_norm
