@@ -32,7 +32,7 @@ def test_a_fake_clock_is_read_until_the_end_of_its_block() -> None:
 
 
 def test_a_stage_says_how_long_it_took(capsys: pytest.CaptureFixture[str]) -> None:
-    with fake_clock(iter([100.0, 107.25]).__next__), stage("planning"):
+    with fake_clock(itertools.chain([100.0], itertools.repeat(107.25)).__next__), stage("planning"):
         pass
     assert "planning (7.2 s)" in capsys.readouterr().err
 

@@ -90,5 +90,5 @@ def test_what_cannot_be_searched_is_said() -> None:
         pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=5)
     with pytest.raises(RequestError, match="among= needs data="):
         pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=1, among=2)
-    with pytest.raises(BadInput, match="no number"):
+    with pytest.raises(BadInput, match="not a number"):
         pr.search.greedy_blocks(model, data[0], lambda m: math.nan, count=1)

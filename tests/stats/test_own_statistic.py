@@ -57,7 +57,7 @@ def test_a_misspelt_statistic_is_named_with_near_names() -> None:
     def misspelt(weigth: Tensor) -> Tensor:
         return weigth.abs()
 
-    with pytest.raises(RequestError, match="asks for `weigth`, which is no statistic") as caught:
+    with pytest.raises(RequestError, match="asks for `weigth`, which is not a statistic") as caught:
         pr.plan(layer, x, pr.Recipe(misspelt, pr.Element()), target=pr.Sparsity(0.5))
     assert caught.value.why.startswith("did you mean weight")
     with pytest.raises(TypeError, match="unknown statistic 'weigth'; did you mean weight"):

@@ -113,9 +113,9 @@ def test_a_second_plan_adds_to_the_first_unless_it_may_regrow() -> None:
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (hand_plan(masks={"9.weight": _mask(5, 16)}), "no parameter"),
+        (hand_plan(masks={"9.weight": _mask(5, 16)}), "not a parameter"),
         (hand_plan(masks={"3.weight": _mask(16, 5)}), "shape"),
-        (hand_plan(cuts={"gone": {0: torch.tensor([0])}}), "no parameter"),
+        (hand_plan(cuts={"gone": {0: torch.tensor([0])}}), "not a parameter"),
         (hand_plan(cuts={"3.weight": {1: torch.tensor([16])}}), "axis 1"),
         (hand_plan(cuts={"3.bias": {1: torch.tensor([0])}}), "axis 1"),
         (hand_plan(weights={"3.weight": torch.zeros(2)}), "shape"),

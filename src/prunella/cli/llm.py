@@ -64,7 +64,7 @@ def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: b
     """Masks, with one block in memory."""
     from prunella.app.language_job import FolderEnd
     from prunella.llm.calibration import Split
-    from prunella.llm.streaming import solve_folder
+    from prunella.llm.streaming.folder import solve_and_close
     from prunella.llm.streaming.progress import check_output
 
     only_on_cpu("pruning block by block")
@@ -76,7 +76,7 @@ def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: b
         end = _end(request, folder, data) if speaks and _alone() else None
         if end is not None:
             _tell_forecast(request, folder, recipe, data)
-        streamed = solve_folder(
+        streamed = solve_and_close(
             folder, output, recipe, data=Split(data, not_fitted(folder, request.text)), memory=request.memory,
             skip=tuple(request.zeros.skip or ()), overwrite=overwrite,
             on_block=teller() if speaks else None, close=end.close if isinstance(end, FolderEnd) else None,

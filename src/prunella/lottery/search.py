@@ -148,7 +148,7 @@ class _Search(Generic[M]):
     ) -> None:
         if not 0 <= rewind.step < spec.steps:
             raise RequestError(f"cannot rewind to step {rewind.step} of {spec.steps}", "it lies outside the training")
-        if masks_of(model):
+        if next(records(model), None) is not None:
             raise RequestError("the model carries masks already", "a ticket starts from a dense model", "finalize it")
         self.spec, self.prune, self.rewind, self.controls = spec, prune, rewind, controls
         self.work = copied(model)

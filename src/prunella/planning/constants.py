@@ -57,7 +57,7 @@ class Constants:
             values = reader.values[positions]
             if bool(values.isnan().any()):
                 return f"{path or 'the layer'} reads them as several numbers"
-            weight: Tensor = module.weight.detach().double().cpu()  # type: ignore[operator, union-attr]
+            weight: Tensor = module.weight.detach().double().cpu()  # type: ignore[operator]
             shift = weight[:, positions].reshape(len(weight), len(positions), -1).sum(-1) @ values
             place, sign = _place(path, module, reader)
             if not place:
@@ -69,7 +69,7 @@ class Constants:
 def _place(path: str, module: nn.Module, reader: _Reader) -> tuple[str, int]:
     """The vector that a constant behind the layer goes into, and its sign; an empty name if there is none."""
     prefix = f"{path}." if path else ""
-    if module.bias is not None:
+    if module._parameters.get("bias") is not None:
         return f"{prefix}bias", 1
     return (f"{reader.norm}.running_mean", -1) if reader.norm else ("", 0)
 
@@ -115,7 +115,7 @@ def constants_read(model: nn.Module, groups: Sequence[Group], inputs: Any) -> Co
 def _noting(readers: dict[str, _Reader], path: str) -> Any:
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0].detach()
-        axis = -1 if isinstance(module, nn.Linear) else x.dim() - module.weight.dim() + 1  # type: ignore[union-attr, operator]
+        axis = -1 if isinstance(module, nn.Linear) else x.dim() - module.weight.dim() + 1  # type: ignore[operator]
         lines = x.movedim(axis, 0).flatten(1).cpu()
         values = torch.where((lines == lines[:, :1]).all(1), lines[:, 0], torch.nan)
         if path in readers:

@@ -141,5 +141,5 @@ def test_samples_of_a_text_are_drawn_with_a_seed(tmp_path: Path) -> None:
     assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(found, again, strict=True))
     with pytest.raises(RequestError, match="has 50 tokens, and a sample has 51"):
         text_samples(tmp_path, text, seqlen=51)
-    with pytest.raises(RequestError, match="no data"):
+    with pytest.raises(RequestError, match="are not data"):
         text_samples(tmp_path, text, nsamples=0)

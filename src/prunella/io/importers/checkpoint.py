@@ -12,7 +12,7 @@ from prunella.errors import BadInput
 from prunella.io.importers.imported import Imported, State, as_mask, tensors_of, zero_masks
 from prunella.registry.method import importer
 
-_LONGEST_RECIPE = 100_000
+_LONGEST_RECIPE = 50_000
 """Characters. Recipes are written by people, and a reader of YAML in Python takes a second for so many."""
 _LARGEST_SPARSITY = 1e9
 _SPARSITIES = ("final_sparsity", "sparsity", "target_sparsity")

@@ -79,7 +79,6 @@ def solve_folder(
     skip: Sequence[str] = (),
     overwrite: bool = False,
     on_block: OnBlock | None = None,
-    close: Close | None = None,
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
@@ -96,11 +95,28 @@ def solve_folder(
     refused before it starts. None: hidden states in memory, no check. Errors: RequestError if the folder exists or
     belongs to another run, or for too little memory; NotSupported if the blocks are not entries of one list, run in
     order.
-    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block. close: judges the
-    result before it is complete, and adds to its card and record.
+    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
+    return solve_and_close(
+        source, output, how, data=data, memory=memory, skip=skip, overwrite=overwrite, on_block=on_block, close=None
+    )
+
+
+def solve_and_close(
+    source: str | Path,
+    output: str | Path,
+    how: OneShot,
+    *,
+    data: Iterable[Any] | Calibration | Sources | Split,
+    memory: str | int | None,
+    skip: Sequence[str],
+    overwrite: bool,
+    on_block: OnBlock | None,
+    close: Close | None,
+) -> Streamed:
+    """`solve_folder`. close: judges the result before it is complete, and adds to its card and record."""
     start, folder, group = now(), Path(output), process_group()
     if group.is_main:
         clean_up_after_kill(folder)
