@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ALL = float(os.environ.get("PRUNELLA_FUZZ_SECONDS", "4")) > 30
-QUICK = ("plan", "artefact", "tensors", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint", "recipe")
+QUICK = ("plan", "artifact", "tensors", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint", "recipe")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each is read in a forked process")

@@ -14,6 +14,7 @@ from prunella.registry.method import importer
 
 _LONGEST_RECIPE = 50_000
 """Characters. Recipes are written by people, and a reader of YAML in Python takes a second for so many."""
+_MOST_LISTS = 1000
 _LARGEST_SPARSITY = 1e9
 _SPARSITIES = ("final_sparsity", "sparsity", "target_sparsity")
 
@@ -86,6 +87,8 @@ def recipe_sparsities(text: str) -> Iterator[str]:
     """
     if len(text) > _LONGEST_RECIPE:
         raise BadInput("the recipe is too long", f"{len(text)} characters, up to {_LONGEST_RECIPE} are read")
+    if (lists := text.count("[") + text.count("{")) > _MOST_LISTS:
+        raise BadInput("the recipe has too many lists", f"{lists}, up to {_MOST_LISTS} are read")
     if importlib.util.find_spec("yaml") is None:
         yield "its recipe was not read: install PyYAML"
         return
