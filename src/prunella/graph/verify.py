@@ -90,10 +90,6 @@ def verify(
     return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
 
 
-class OtherForm(NotSupported):
-    """The outputs have other axes than those of the example, as those of tokens with one axis more."""
-
-
 class Oracle:
     """`verify` for several batches: both models are copied, masked and cast once, if they are small."""
 
@@ -222,9 +218,9 @@ class _Pair:
         for entry in self.done.renumbered:
             for number, axis in entry.outputs:
                 outputs = seen.outputs
-                if outputs[number].dim() <= axis or outputs[number].shape[axis] <= int(entry.kept.max()):
-                    what = "the logits of this input do not have an entry for each token"
-                    raise OtherForm(what, "its outputs differ in form from those of the example")
+                if outputs[number].dim() < -axis or outputs[number].shape[axis] <= int(entry.kept.max()):
+                    what = "the outputs on this input have no entry for each token"
+                    raise NotSupported(what, "they have other axes than those on the example")
                 outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
         return seen
 

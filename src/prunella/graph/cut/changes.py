@@ -34,7 +34,10 @@ class Along:
 
 @dataclass(frozen=True)
 class Renumbered:
-    """New index `i` of these inputs, and of the positions on these (output, axis), is the old index `kept[i]`."""
+    """New index `i` of these inputs, and of the positions on these (output, axis), is the old index `kept[i]`.
+
+    An axis counts from the last, which is -1; plans of older versions count from the first.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[tuple[int, int], ...]

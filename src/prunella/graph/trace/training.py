@@ -50,7 +50,7 @@ def _both_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
             kept = keep_outputs(run, model, "it is an output of the model")
             check_numbers([*run.outputs, *kept])
             record.outputs = [
-                (number, axis, dim[0])
+                (number, axis - tensor.dim(), dim[0])  # from the last: an input with one axis more adds it in front
                 for number, tensor in enumerate(run.outputs)
                 for axis, dim in enumerate(record.value(tensor).dims)
                 if len(dim) == 1
