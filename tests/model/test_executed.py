@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from itertools import product
 
@@ -75,6 +76,22 @@ def test_what_was_seen_is_added() -> None:
     assert not steps_of(one_line, 1, 1) <= seen
     seen.add(steps_of(one_line, 1, 1))
     assert steps_of(one_line, 1, 1) <= seen
+
+
+def test_what_runs_when_garbage_is_collected_is_no_step() -> None:
+    def collected(phase: str, _: object) -> str:
+        return "starts" if phase == "start" else "stops"
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)
+    try:
+        with executed(MODEL) as steps:
+            kept = [[number] for number in range(50)]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+    assert len(kept) == 50 and collected.__code__ not in steps.places and gc.isenabled()
 
 
 def test_modules_that_run_are_steps() -> None:

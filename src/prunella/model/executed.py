@@ -6,6 +6,7 @@ Two runs that differ in them have taken different branches.
 from __future__ import annotations
 
 import dis
+import gc
 import os
 import sys
 import sysconfig
@@ -54,7 +55,8 @@ class ExecutedSteps:
 def executed(model: nn.Module) -> Iterator[ExecutedSteps]:
     """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called.
 
-    A line stands for its instructions where none of them runs without the others.
+    A line stands for its instructions where none of them runs without the others. No garbage is collected meanwhile:
+    callbacks and finalizers of other libraries would run at moments that have nothing to do with the model.
     """
     steps = ExecutedSteps()
     tracers: dict[int, Callable[..., Any] | None] = {}  # by identity: a function of many constants is slow to hash
@@ -66,12 +68,15 @@ def executed(model: nn.Module) -> Iterator[ExecutedSteps]:
         return tracers[id(code)]
 
     handles = [module.register_forward_pre_hook(lambda m, _: steps.modules.add(id(m))) for module in model.modules()]
-    before = sys.gettrace()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()
     sys.settrace(entered)
     try:
         yield steps
     finally:
         sys.settrace(before)
+        if collects:
+            gc.enable()
         for handle in handles:
             handle.remove()
 
