@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import CheckFailed, NotSupported
+from prunella.graph import other_sizes as other_sizes_module
 from prunella.graph.data import Hints
 from prunella.graph.other_sizes import other_sizes
 from prunella.graph.resized import positions, samples
@@ -321,3 +322,36 @@ class ByArea(nn.Module):
 def test_a_product_of_sizes_is_told_with_its_multiple_and_the_square_of_it() -> None:
     turns = couple(ByArea().eval(), torch.randn(1, 3, 8, 16)).hints.turns
     assert set(turns) == {(8, 32), (8, 128)}
+
+
+class Words(nn.Module):
+    """Token ids with any axes before the last: the logits of a word are on the last axis of the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(24, 8), nn.Linear(8, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if ids.ndim != 2:
+            x = x * 2
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def test_logits_are_compared_on_inputs_with_another_number_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, shapes = Words().eval(), torch.randint(0, 12, (2, 5)), list[tuple[int, ...]]()
+    agrees = other_sizes_module._agrees
+
+    def noted(oracle: Any, batch: Any, **more: Any) -> bool:
+        right = agrees(oracle, batch, **more)
+        shapes.extend([tuple(batch.shape)] if right else [])
+        return right
+
+    monkeypatch.setattr(other_sizes_module, "_agrees", noted)
+    kept = pr.granularity.Vocabulary(tuple(range(12)))
+    plan = pr.plan(model, ids, pr.Recipe(granularity=kept))
+    small = pr.shrink(model, plan)
+    assert {len(shape) for shape in shapes} >= {1, 3}, shapes
+    for batch in (ids, ids[0], ids[:, None]):
+        assert torch.allclose(small(batch), model(batch)[..., :12])
