@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import prunella as pr
+from prunella.app.job import Recovery
 from prunella.app.language import HeldOut, held_out_by, held_out_file, held_out_of, judge_lm
-from prunella.app.language_job import structural_recipe, usual_recovery
+from prunella.app.language_job import LanguageModel, masked_job, structural_recipe, usual_recovery
+from prunella.cli.llm_request import llm_recipe
 from prunella.errors import NotSupported, RequestError
-from prunella.llm.calibration import Calibration
+from prunella.llm.calibration import Calibration, Split
 from prunella.llm.text import sample_starts, text_tokens, windows_between
 from tests.cli.conftest import WORDS, with_words
 from tests.llm.streaming.models import write
@@ -114,3 +116,16 @@ def test_units_and_what_is_usual_for_them() -> None:
     for units in ([g.Depth(), g.Head()], [g.Vocabulary((1,)), g.Head()]):
         with pytest.raises(RequestError, match="goes alone"):
             structural_recipe(units)
+
+
+def test_blocks_that_were_solved_before_a_kill_are_not_solved_again(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = LanguageModel(Path("in"), "in", None, "batches")
+    batches = [{"input_ids": torch.randint(0, 16, (1, 8))} for _ in range(2)]
+    job = masked_job(source, llm_recipe("magnitude", "2:4", None), Split(batches), Recovery(()))
+    assert job.planner is not None
+    first = job.planner.make(dense, batches[0], tmp_path / "blocks")
+    monkeypatch.setattr("prunella.app.language_job.solve_folder", None)
+    again = job.planner.make(dense, batches[0], tmp_path / "blocks")
+    assert first.masks and all(mask.equal(again.masks[name]) for name, mask in first.masks.items())

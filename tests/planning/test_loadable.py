@@ -50,7 +50,7 @@ def test_nothing_is_lost_where_widths_are_even_anyway(tmp_path: Path) -> None:
 
 def test_it_is_for_models_of_transformers_and_known_readers(tmp_path: Path) -> None:
     net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(2, 8)
-    with pytest.raises(RequestError, match="is no model of transformers"):
+    with pytest.raises(RequestError, match="is not a model of transformers"):
         pr.plan(net, x, target=pr.Params(0.5), loadable="transformers")
     with pytest.raises(RequestError, match="names no reader"):
         pr.plan(net, x, target=pr.Params(0.5), loadable="keras")  # type: ignore[arg-type]

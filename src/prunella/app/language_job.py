@@ -6,7 +6,6 @@ folder; where they are recovered, that folder becomes a plan. Both are jobs for 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -243,11 +242,9 @@ def masked_job(
     def make(model: nn.Module, inputs: Inputs, folder: Path | None) -> Plan:
         if folder is None:
             raise RequestError("the masks need a folder for their work", "", "give data that can be told apart")
-        if is_finished(folder):  # a kill came between the last block and the plan: its journal is gone
-            shutil.rmtree(folder)
-        solve_folder(source.folder, folder, how, data=split, skip=skip, on_block=on_block)
+        if not is_finished(folder):  # it is finished if a kill came between the last block and the plan
+            solve_folder(source.folder, folder, how, data=split, skip=skip, on_block=on_block)
         plan = import_plan(model, inputs, folder)
-        shutil.rmtree(folder)
         return replace(plan, recipe=described(how))
 
     method, pattern = in_words(how)

@@ -32,7 +32,7 @@ def chosen() -> str:
 
 
 def check_device(device: str) -> None:
-    """Errors: RequestError for what is no device, NotSupported for one that this torch or this machine has not."""
+    """Errors: RequestError for an unknown device, NotSupported for one that is not available here."""
     import torch
 
     from prunella.errors import NotSupported, RequestError

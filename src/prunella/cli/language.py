@@ -33,26 +33,26 @@ def eval_(
     data: Annotated[str, typer.Option("--data", metavar="FILE", help="The text.", show_default=False)],
     dense: Annotated[
         str | None,
-        typer.Option("--dense", metavar="MODEL", help="The model that it comes from: agreement and speed beside it."),
+        typer.Option("--dense", metavar="MODEL", help="The dense model it was pruned from, for agreement and speed."),
     ] = None,
     eval_samples: Annotated[int, typer.Option("--eval-samples", help="Most windows of the text.")] = 32,
     eval_seqlen: Seqlen = EVAL_SEQLEN,
     as_json: options.Json = False,
 ) -> None:
-    """Perplexity of a language model on a text; with --dense, agreement, a sample of text and tokens a second too."""
+    """Perplexity of a language model on a text; with --dense also agreement, a sample of text and tokens a second."""
     from prunella.app.language import check_left_to_right, held_out_file, judge_lm
     from prunella.errors import RequestError
     from prunella.measure.text import significant
 
     if eval_samples < 1:
-        raise RequestError("there is nothing to evaluate on", f"--eval-samples {eval_samples}", "1 is the least")
+        raise RequestError("there is nothing to evaluate on", f"--eval-samples {eval_samples}", "the minimum is 1")
     network, folder = open_language_model(model)
     held_out = held_out_file(folder, data, samples=eval_samples, seqlen=eval_seqlen)
     if dense is not None:
         other, place = open_language_model(dense)
         same = held_out_file(place, data, samples=eval_samples, seqlen=eval_seqlen)
         if not same.tokens.equal(held_out.tokens):
-            why = "their tokenizers cut the text otherwise, so that their perplexities cannot be compared"
+            why = "their tokenizers split the text differently, so their perplexities cannot be compared"
             raise RequestError(f"{model} and {dense} read {data} as other tokens", why, "leave --dense out")
         with stage("comparing both models on text"):
             judged = judge_lm(other, network, held_out, tokenizer=_tokenizer(folder))
@@ -69,7 +69,10 @@ def chat(
     model: LanguageModel,
     new: Annotated[int, typer.Option("--new", help="Most tokens of an answer.")] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="0: the likeliest token each time; 1: as the model weighs them.")
+        float,
+        typer.Option(
+            "--temperature", help="0: the most likely token each time; 1: samples from the distribution of the model."
+        ),
     ] = 0.0,
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -104,7 +107,7 @@ def open_language_model(spec: str) -> tuple[nn.Module, Path]:
     folder = model_folder(spec)
     if not folder.is_dir():
         todo = "give a Hugging Face folder, a folder that `llm` or `run` wrote, FILE.gguf or smollm2"
-        raise RequestError(f"{spec} is no folder of a language model", described_path(spec), todo)
+        raise RequestError(f"{spec} is not a folder of a language model", described_path(spec), todo)
     with stage(f"loading {spec}"):
         return placed(load(folder) if (folder / MARKER).is_file() else load_model(str(folder))), folder
 

@@ -43,18 +43,18 @@ class Structure:
         typer.Option(
             "--granularity",
             metavar="G",
-            help="A smaller model: depth, channel (neurons), head, width, expert or vocabulary; several by comma.",
+            help="A smaller model: depth, channel (neurons), head, width, expert or vocabulary; comma-separated.",
         ),
     ] = None
     target: Annotated[
         str | None,
-        typer.Option("--target", metavar="T", help="What remains of it: params=0.8 (the default), macs=0.7."),
+        typer.Option("--target", metavar="T", help="Budget to keep: params=0.8 (the default), macs=0.7."),
     ] = None
     recover: Annotated[
         str | None,
         typer.Option(
             metavar="R",
-            help="match (the residual stream), lora:STEPS, distill:STEPS or none; by comma.",
+            help="match (the residual stream), lora:STEPS, distill:STEPS or none; comma-separated.",
         ),
     ] = None
     lr: Annotated[float | None, typer.Option(help="Learning rate of lora (1e-3) and of distill (1e-4).")] = None
@@ -93,7 +93,7 @@ class LLMRequest:
             why = f"{said} asks for zeros in a model of the same shapes"
             raise RequestError(f"--granularity does not go with {said}", why, "give --target, or no --granularity")
         if structure.target is not None and not structure.granularity:
-            why = "a target is for units that are cut out; zeros have a --sparsity or a --pattern"
+            why = "a target is for units that are removed; zeros have a --sparsity or a --pattern"
             raise RequestError(
                 "--target needs --granularity", why, "for example --granularity depth --target params=0.8"
             )

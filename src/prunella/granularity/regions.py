@@ -36,7 +36,7 @@ class Regions:
     labels: Callable[[tuple[int, ...]], Tensor]
 
     def on(self, shape: tuple[int, ...]) -> Labelled:
-        """The units of a weight. Errors: RequestError for labels of another shape, or that are no whole numbers."""
+        """The units of a weight. Errors: RequestError for labels of another shape, or that are not whole numbers."""
         labels = self.labels(shape)
         whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
         if not whole or tuple(labels.shape) != tuple(shape):

@@ -41,7 +41,7 @@ class UltralyticsPruning:
         """Add the callback to a `YOLO`, which then predicts, validates and exports with the smaller network too."""
         if not callable(getattr(yolo, "add_callback", None)):
             why = f"{type(yolo).__name__} has no add_callback"
-            raise RequestError("this is no model of Ultralytics", why, "for example YOLO('yolov8n.pt')")
+            raise RequestError("this is not a model of Ultralytics", why, "for example YOLO('yolov8n.pt')")
         for event in _EVENTS:
             yolo.add_callback(event, getattr(self, event))
         if self.model is not None:

@@ -35,7 +35,7 @@ def read_by(recipe: Recipe, model: nn.Module, loadable: Loadable | None) -> Reci
         why = f"it is one of {', '.join(get_args(Loadable))}"
         raise RequestError(f"loadable={loadable!r} names no reader", why, 'loadable="transformers"')
     if not reads_itself(unwrap(model)):
-        why = f"{type(unwrap(model)).__name__} is no model of transformers"
+        why = f"{type(unwrap(model)).__name__} is not a model of transformers"
         raise RequestError("loadable='transformers' is for models of transformers", why, "leave loadable= out")
     return replace(recipe, equal_widths=True, allocation=uniform)
 
@@ -53,7 +53,7 @@ def costs_of_reading(
         return ()
     whole = [group.name for group, _ in scored if group.name not in keep and group.name in other]
     parts = [f"{percent(_lost(scored, keep))} of the scores go", f"{percent(_lost(scored, other))} with free widths"]
-    parts += [f"{len(whole)} groups stay whole for it"] if whole else []
+    parts += [f"{len(whole)} groups are kept dense for it"] if whole else []
     return (f"plain from_pretrained reads it: {', '.join(parts)}",)
 
 

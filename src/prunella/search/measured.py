@@ -121,7 +121,7 @@ def curves(
 
 
 def _loss(compare: Distance, recording: Recording, changed: Sequence[Tensor]) -> float:
-    """The distance of the changed model. What is no number is computed once more, by the whole model."""
+    """The distance of the changed model. A result that is not finite is computed once more, by the whole model."""
     loss = compare(recording.output, recording.again(changed))
     return loss if math.isfinite(loss) else compare(recording.output, recording.run())
 

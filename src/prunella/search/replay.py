@@ -73,7 +73,7 @@ class Recording:
         self._pass(start, _Taker(self, [place for place in wanted if place not in self.states], {*wanted}))
         self.states = {place: state for place, state in self.states.items() if place in wanted}
         if self.states and not _same(self._pass(max(self.states)), self.output):
-            self._give_up("something that is no call of torch reads tensors")
+            self._give_up("something other than a call of torch reads tensors")
 
     def again(self, changed: Iterable[Tensor]) -> Any:
         """The output with these tensors changed in place, from the last state that the change does not reach.
@@ -235,7 +235,7 @@ class _Recorder(TorchFunctionMode):
     def _check(self, numbers: Sequence[int], versions: Sequence[int]) -> None:
         """Whether the storages are as the last call left them."""
         if any(self._versions.get(n, v) != v for n, v in zip(numbers, versions, strict=True)):
-            self.whole = "something that is no call of torch changes tensors in place"
+            self.whole = "something other than a call of torch changes tensors in place"
 
 
 _CONSTANTS: tuple[type, ...] = (bool, int, float, complex, str, type(None), torch.Size)

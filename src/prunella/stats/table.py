@@ -152,7 +152,7 @@ def register_statistic(name: str, statistic: Statistic) -> None:
 
 
 def why_unknown(name: str) -> str:
-    """The names that are near to one that is no statistic, and all of them."""
+    """The names that are near to one that is not a statistic, and all of them."""
     near = near_names(name, STATISTICS)
     return f"{near + ' ' if near else ''}statistics are {', '.join(STATISTICS)}"
 
