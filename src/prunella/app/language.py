@@ -15,7 +15,7 @@ from prunella.llm.calibration import AUTO, Calibration
 from prunella.llm.generate import continued
 from prunella.llm.own_text import own_text
 from prunella.llm.text import sample_starts, text_tokens, windows_between
-from prunella.measure.text import percent, significant
+from prunella.measure.text import percent, short_count, significant
 from prunella.measure.throughput import Throughput, throughput
 from prunella.metrics.language import TokenAgreement, perplexity, token_agreement
 from prunella.model.forward import first_tensor, forward
@@ -148,7 +148,7 @@ class JudgedLM:
             rows.append(("KL from the dense model, nats a token", "", significant(self.agreement.kl)))
         if self.speed is not None:
             for name, rates in self.speed.rates().items():
-                dense, small = map(significant, rates)
+                dense, small = map(short_count, rates)
                 rows.append((f"{name}, tokens a second", dense, small))
         return tuple(rows)
 

@@ -182,5 +182,5 @@ def folder_of(model: str) -> Path:
     folder = model_folder(model)
     if not folder.is_dir():
         todo = "give a Hugging Face folder, FILE.gguf or smollm2"
-        raise RequestError(f"cannot prune {model} block by block", described_path(model), todo)
+        raise RequestError(f"{model} is not a language model that can be read", described_path(model), todo)
     return folder

@@ -23,7 +23,7 @@ _ZEROS = (
     "The zeros are stored like other weights: the folder is as large as the dense one, and any reader of the format "
     "loads it."
 )
-_SMALLER = "The model is smaller: shapes of tensors are others than in the dense model."
+_SMALLER = "The tensors of this model are smaller than those of the dense model."
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.measure.text import short_count
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.state import mode
 from prunella.registry.method import metric
@@ -49,7 +50,7 @@ class Throughput:
         lines = []
         for name, times in (("prefill", self.prefill), ("decode", self.decode)):
             dense, small = self.rates()[name]
-            lines.append(f"{name}: {dense:.4g} -> {small:.4g} tokens a second, {times.ratio.verdict}")
+            lines.append(f"{name}: {short_count(dense)} -> {short_count(small)} tokens a second, {times.ratio.verdict}")
         how = f"{self.batch} x {self.prompt} tokens read, {self.new} written; medians of {self.prefill.rounds} "
         return "\n".join([*lines, f"{how}interleaved rounds, {self.prefill.threads} threads, {self.prefill.device}"])
 
