@@ -53,6 +53,11 @@ def removal_order(scores: Scores) -> Tensor:
     return torch.sort(scores, descending=True, stable=True).indices.flip(0)
 
 
+def weights_freed(scores: Scores, sizes: Scores) -> Tensor:
+    """Weights removed in total after each step, for units of several weights: lowest scores first."""
+    return sizes[removal_order(scores)].cumsum(0).round().long()
+
+
 def without_lowest(scores: Scores, count: int) -> Mask:
     """The mask of a vector without its `count` lowest scores."""
     mask = torch.ones(len(scores), dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from prunella.errors import RequestError
 from prunella.registry.method import granularity
-from prunella.selection import keep_top, removal_order
+from prunella.selection import keep_top, weights_freed
 from prunella.types import Mask, Saliency, Scores
 
 
@@ -50,8 +50,7 @@ class Block:
 
     def freed(self, scores: Saliency) -> int | Tensor:
         """Weights removed in total after each step."""
-        sizes = self._sums(torch.ones_like(scores))
-        return sizes[removal_order(self._sums(scores))].cumsum(0).round().long()
+        return weights_freed(self._sums(scores), self._sums(torch.ones_like(scores)))
 
     def mask(self, scores: Saliency, removed: int) -> Mask:
         """The mask after `removed` blocks."""

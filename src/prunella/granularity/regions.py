@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.selection import keep_top, removal_order
+from prunella.selection import keep_top, weights_freed
 from prunella.types import Mask, Saliency, Scores
 
 
@@ -58,8 +58,7 @@ class Labelled:
 
     def freed(self, scores: Saliency) -> int | Tensor:
         """Weights removed in total after each step."""
-        sizes = self._sums(torch.ones_like(scores))
-        return sizes[removal_order(self._sums(scores))].cumsum(0).round().long()
+        return weights_freed(self._sums(scores), self._sums(torch.ones_like(scores)))
 
     def mask(self, scores: Saliency, removed: int) -> Mask:
         """The mask after `removed` units."""

@@ -111,15 +111,10 @@ def plan(
         >>> pr.shrink(model, by_hand)[0].out_features
         13
     """
-    if not isinstance(recipe, Recipe):
-        raise RequestError(
-            f"the recipe is a {type(recipe).__name__}", "a criterion is a part of a recipe", "Recipe(criterion=...)"
-        )
-    model = with_plain_weights(model)
+    _check_recipe(recipe)
+    model, by_hand = with_plain_weights(model), ByHand(remove, keep, ratios, counts)
     free, recipe = recipe, read_by(recipe, model, loadable)
-    by_hand = ByHand(remove, keep, ratios, counts)
-    if target is not None or not by_hand:
-        target = checked_target(recipe.granularities, target)
+    target = None if target is None and by_hand else checked_target(recipe.granularities, target)
     check_threshold(target, equal_widths=recipe.equal_widths)
     structural = isinstance(recipe.granularities[0], Structural)
     check_beside(by_hand, target, masks=not structural)
@@ -130,6 +125,12 @@ def plan(
         costs = partial(costs_of_reading, free) if loadable is not None else no_costs
         plan = plan_structure(request, costs) if structural else masked_plan(request)
     return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
+
+
+def _check_recipe(recipe: object) -> None:
+    if not isinstance(recipe, Recipe):
+        what = f"the recipe is a {type(recipe).__name__}"
+        raise RequestError(what, "a criterion is a part of a recipe", "Recipe(criterion=...)")
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
