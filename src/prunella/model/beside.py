@@ -33,7 +33,7 @@ def values_beside(model: nn.Module) -> Iterator[Any]:
     holders = beside(model)
     files = {holder.__name__ for holder in holders if isinstance(holder, ModuleType)}
     for holder in holders:
-        for name, value in list(vars(holder).items()):
+        for name, value in vars(holder).copy().items():
             if name.startswith("__"):  # `__builtins__` are those of the process
                 continue
             if (type(value) in CONTAINERS and len(value) <= _LARGEST) or type(value).__module__ in files:
@@ -49,7 +49,7 @@ def _undo(holder: type | ModuleType) -> Callable[[], None]:
     numbers = {name: value for name, value in vars(holder).items() if isinstance(value, NUMBERS)}
 
     def undo() -> None:
-        for name, value in list(vars(holder).items()):
+        for name, value in vars(holder).copy().items():
             if isinstance(value, NUMBERS) and name not in numbers and not name.startswith("__"):
                 delattr(holder, name)
         for name, value in numbers.items():

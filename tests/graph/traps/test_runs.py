@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -215,3 +218,25 @@ def test_channels_last_weights_stay_channels_last() -> None:
     graph = couple(wide, torch.randn(SHAPE))
     small: Any = cut(wide, graph, half(graph))
     assert small[1].weight.is_contiguous(memory_format=torch.channels_last) and not small[1].weight.is_contiguous()
+
+
+def test_imports_while_garbage_is_collected_disturb_no_run() -> None:
+    """A finalizer may import, and the garbage collector runs whenever it likes."""
+    names, thresholds = [f"_made_by_the_collector_{number}" for number in range(2000)], gc.get_threshold()
+    left = iter(names)
+
+    def importing(phase: str, _: object) -> None:
+        if (name := next(left, None)) is not None:
+            sys.modules[name] = ModuleType(name)
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    gc.callbacks.append(importing)
+    gc.set_threshold(1)
+    try:
+        graph = couple(model, torch.randn(2, 4))
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(importing)
+        for name in names:
+            sys.modules.pop(name, None)
+    assert [group.size for group in graph.groups] == [6]

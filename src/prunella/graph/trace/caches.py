@@ -45,11 +45,11 @@ def uncached(model: nn.Module) -> Iterator[None]:
 
 
 def _holders(model: nn.Module) -> Iterator[Any]:
-    for name, file in list(sys.modules.items()):
+    for name, file in sys.modules.copy().items():  # in one step: a finalizer may import
         if name not in _searched and isinstance(file, ModuleType) and _belongs_to_a_model(file.__name__):
             yield file
     for file in (holder for holder in beside(model) if isinstance(holder, ModuleType)):
-        yield from (v for v in list(vars(file).values()) if isinstance(v, type) and v.__module__ == file.__name__)
+        yield from (v for v in vars(file).copy().values() if isinstance(v, type) and v.__module__ == file.__name__)
     for module in model.modules():
         yield module
         if not type(module).__module__.startswith("torch."):
@@ -66,7 +66,7 @@ def _is_own_object(value: object) -> bool:
 
 def _hidden_in(holder: Any) -> list[tuple[str, Any]]:
     # The types first: this looks at every name of every imported file.
-    return [(name, v) for name, v in list(vars(holder).items()) if type(v) in _KINDS and _hides(_bare(v))]
+    return [(name, v) for name, v in vars(holder).copy().items() if type(v) in _KINDS and _hides(_bare(v))]
 
 
 def _bare(value: Any) -> Any:

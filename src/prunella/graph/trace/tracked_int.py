@@ -287,7 +287,7 @@ def holders(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
     seen: set[int] = set()
     for path, module in model.named_modules():
         yield path, vars(module)
-        for name, value in list(vars(module).items()):
+        for name, value in vars(module).copy().items():
             plain_object = hasattr(value, "__dict__") or _has_slots(value)
             excluded = isinstance(value, nn.Module | Tensor | type) or callable(value) or not plain_object
             if excluded or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
