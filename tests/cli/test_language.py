@@ -112,7 +112,7 @@ def test_what_makes_no_sense_is_refused(prunella: Run, story: Any, words: tuple[
 
 
 def test_a_model_without_a_folder_or_a_tokenizer(prunella: Run, story: Any) -> None:
-    assert "block by block" in prunella("llm", "nowhere", "--data", "text.txt").err
+    assert "not a language model that can be read" in prunella("llm", "nowhere", "--data", "text.txt").err
     for file in Path("in").glob("tokenizer*"):
         file.unlink()
     assert prunella(*LINE, "--seqlen", "12").code == 3

@@ -47,7 +47,7 @@ def test_two_models_on_one_text(prunella: Run, story: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("nowhere", "--data", "text.txt"), "no folder of a language model"),
+        (("nowhere", "--data", "text.txt"), "not a folder of a language model"),
         (("in", "--data", "nothere.txt"), "cannot read nothere.txt"),
         (("in", "--data", "text.txt", "--eval-samples", "0"), "nothing to evaluate on"),
     ],

@@ -120,5 +120,5 @@ def test_other_classes_other_networks_and_other_objects_are_refused() -> None:
     trainer = Trainer({"on_train_start": yolo.callbacks["on_train_start"]})
     with pytest.raises(CheckFailed, match="the pruned network is not trained"):
         trainer.train()
-    with pytest.raises(RequestError, match="no model of Ultralytics"):
+    with pytest.raises(RequestError, match="not a model of Ultralytics"):
         UltralyticsPruning().attach(network())
