@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -48,14 +48,18 @@ def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[
 
     Their readers are unknown, so they count as outputs. Buffers are part of the model and follow its cuts.
     """
-    ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
-    if not _held(_alive(record, ours)):
+    known = [*known, *model.parameters(), *model.buffers()]
+    ours = {id(tensor) for tensor in known}
+    if not _referenced(_alive(record, ours), known):
         return []
-    gc.collect()  # garbage is not kept
     names = {id(tensor): name for name, tensor in kept_on(model).items()}
+    if _held(_alive(record, ours | names.keys()), known):
+        gc.collect()  # garbage is not kept
+    elsewhere = {id(tensor) for tensor in _held(_alive(record, ours | names.keys()), known)}
     return [
         (tensor, f"the model keeps it after a run, as {names[id(tensor)]}" if id(tensor) in names else _ELSEWHERE)
-        for tensor in _held(_alive(record, ours))
+        for tensor in _alive(record, ours)
+        if id(tensor) in names or id(tensor) in elsewhere
     ]
 
 
@@ -74,17 +78,37 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
     ]
 
 
-def _held(alive: list[Tensor]) -> list[Tensor]:
+def _referenced(alive: list[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with references beside that of the list and that of the views that are alive."""
+    viewed = {id(tensor._base) for tensor in (*known, *alive) if tensor._base is not None}
+    alone, beside_a_view = _references()
+    counts = [sys.getrefcount(tensor) for tensor in alive]
+    return [t for t, count in zip(alive, counts, strict=True) if count > (beside_a_view if id(t) in viewed else alone)]
+
+
+def _references() -> tuple[int, int]:
+    """How many references a tensor in a list has, without and with a view that is alive; releases of torch differ."""
+    alone, base = torch.empty(1), torch.empty(1)
+    tensors, views = [alone, base], [base[:1]]
+    del alone, base
+    assert all(view._base is not None for view in views)  # asked for as above: it may change who owns the base
+    first, second = [sys.getrefcount(tensor) for tensor in tensors]
+    return first, second
+
+
+def _held(alive: list[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that a Python object refers to, apart from those that only a view keeps alive.
 
-    The garbage collector does not show the referents of frozen objects: if there are any, references are counted.
+    The garbage collector does not show the referents of frozen objects: if there are any, references are counted. It
+    looks through all objects of the process, so it is asked about tensors with further references alone.
     """
-    if gc.get_freeze_count():
-        alone = max([sys.getrefcount(tensor) for tensor in [torch.empty(0)]])
-        return [tensor for tensor in alive if sys.getrefcount(tensor) > alone]
-    holders = [holder for holder in gc.get_referrers(*alive) if holder is not alive] if alive else []
-    held = {id(part) for holder in holders if not inspect.isframe(holder) for part in gc.get_referents(holder)}
-    return [tensor for tensor in alive if id(tensor) in held]
+    referenced = _referenced(alive, known)
+    if not referenced or gc.get_freeze_count():
+        return referenced
+    ours = [alive, referenced]
+    holders = [h for h in gc.get_referrers(*referenced) if all(h is not own for own in ours) and not inspect.isframe(h)]
+    held = {id(part) for holder in holders for part in gc.get_referents(holder)}
+    return [tensor for tensor in referenced if id(tensor) in held]
 
 
 def say_example(record: Trace, start: int, suffix: str) -> None:
