@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,12 @@ from prunella.app.verify import check_folder
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
 from prunella.io.tensor_file import INDEX
-from prunella.llm.streaming import BlockStep, memory
+from prunella.llm import solve_block
+from prunella.llm.streaming import BlockStep, memory, runner
 from prunella.llm.streaming.progress import WORK
 from tests.faults.contents import contents
 from tests.llm.streaming.models import KINDS, data, read, write
-from tests.stopping import beside
+from tests.stopping import beside, killed
 
 WANDA = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda))
 PATTERN = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=2))
@@ -167,33 +167,23 @@ def test_a_model_that_asks_for_values_before_its_blocks_is_refused(tmp_path: Pat
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
-STOPPED = """
-import os, signal, sys
-from functools import partial
-import prunella as pr
-from prunella.llm import solve_block
-from prunella.llm.streaming import runner as job
-from tests.llm.streaming.models import data
+def prune_until(moment: str, source: Path, output: Path, how: pr.llm.OneShot) -> None:
+    """Prune a folder; killed in the middle of the second block, or while the third shard is written."""
+    solved: list[object] = []
 
-source, output, moment, kind = sys.argv[1:]
-solved = []
+    def solve(*given: Any, old: Any = solve_block._solve_matrix) -> Any:
+        solved.append(given)
+        if len(solved) == 11 and moment == "solving":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return old(*given)
 
-def solve(*given, old=solve_block._solve_matrix):
-    solved.append(given)
-    if len(solved) == 11 and moment == "solving":  # in the middle of the second block
-        os.kill(os.getpid(), signal.SIGKILL)
-    return old(*given)
+    def write_shard(path: Path, values: Any, old: Any = runner.write_shard) -> None:
+        if "00003" in path.name and moment == "writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+        old(path, values)
 
-def write(path, values, old=job.write_shard):
-    if "00003" in path.name and moment == "writing":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return old(path, values)
-
-solve_block._solve_matrix, job.write_shard = solve, write
-refine = pr.llm.Refine(epochs=2) if kind == "refined" else None
-how = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda), refine)
-pr.llm.solve_folder(source, output, how, data=data())
-"""
+    solve_block._solve_matrix, runner.write_shard = solve, write_shard
+    pr.llm.solve_folder(source, output, how, data=data())
 
 
 @pytest.mark.parametrize(
@@ -204,14 +194,12 @@ def test_a_killed_run_resumes_at_its_block_with_the_same_result(
     tmp_path: Path, moment: str, kind: str, family: str
 ) -> None:
     model = write(tmp_path / "in", family)
-    words = [sys.executable, "-c", STOPPED, str(tmp_path / "in"), str(tmp_path / "out"), moment, kind]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    ended = subprocess.run(words, env=environment, capture_output=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    how = pr.llm.OneShot(WANDA.pattern, 0.5, WANDA.method, pr.llm.Refine(epochs=2) if kind == "refined" else None)
+    code = killed(lambda: prune_until(moment, tmp_path / "in", tmp_path / "out", how))
+    assert code == -signal.SIGKILL
     done = {"solving": 1, "writing": 2}[moment]
     assert len(list((tmp_path / "out").glob("model-*"))) == done
     assert not (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / INDEX).exists()
-    how = pr.llm.OneShot(WANDA.pattern, 0.5, WANDA.method, pr.llm.Refine(epochs=2) if kind == "refined" else None)
     with pytest.raises(RequestError, match="is not continued"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(4))
     steps: list[BlockStep] = []
