@@ -94,8 +94,7 @@ def plan(
         removed with all slices coupled to it. For heads, experts, blocks: indices of units. For masks: a bool tensor.
     ratios, counts: layer or pattern -> fraction, or number, of its units (weights) to remove, lowest scores first.
         A choice by hand is not changed to meet a target; without a target only the chosen units are removed.
-    loadable: `"transformers"` allows only what plain `AutoModel.from_pretrained` reads, as `equal_widths` of a recipe
-        does; a remark says what that costs.
+    loadable: `"transformers"` allows only what plain `AutoModel.from_pretrained` reads; a remark says what that costs.
 
     Errors: RequestError (an invalid request), BadInput (broken weights, data or inputs), NotSupported (nothing can be
     pruned), TargetMissed (with the smallest reachable size and the obstacles).
