@@ -36,10 +36,10 @@ def test_labels_of_blocks_give_the_masks_of_blocks(allocation: object) -> None:
 
 def test_units_of_unequal_size_go_whole_lowest_sums_first() -> None:
     layer = nn.Linear(5, 1, bias=False)
-    layer.weight.data = torch.tensor([[3.0, 3.0, 1.0, 1.5, 0.5]])
-    labels = torch.tensor([[0, 0, 1, 1, 2]])
+    layer.weight.data = torch.tensor([[5.0, 0.5, 0.5, 0.5, 4.0]])
+    labels = torch.tensor([[0, 1, 1, 1, 2]])
     recipe = pr.Recipe(pr.magnitude, pr.granularity.Regions(lambda shape: labels))
-    for removed, kept in ((0.2, [1, 1, 1, 1, 0]), (0.6, [1, 1, 0, 0, 0])):
+    for removed, kept in ((0.6, [1, 0, 0, 0, 1]), (0.8, [1, 0, 0, 0, 0])):
         mask = pr.plan(layer, torch.ones(1, 5), recipe, target=pr.Sparsity(removed)).masks["weight"]
         assert mask.int().tolist() == [kept]
 
