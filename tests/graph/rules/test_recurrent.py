@@ -254,6 +254,14 @@ def test_a_plan_meets_its_target_trains_and_comes_back_from_a_file(tmp_path: Pat
     assert all(weight.grad is not None for weight in small.parameters())
 
 
+def test_a_parametrized_layer_keeps_no_weight_of_the_dense_one() -> None:
+    model = stacked()
+    torch.nn.utils.parametrizations.weight_norm(model.layers, "weight_hh_l0")
+    layers: Any = pr.shrink(model, pr.plan(model, X, target=pr.Params(0.6))).layers
+    shapes = [tuple(getattr(layers, name).shape) for name in layers._flat_weights_names]
+    assert [tuple(held.shape) for held in layers._flat_weights] == shapes
+
+
 @pytest.mark.parametrize("side", ["makers", "readers"])
 def test_zero_hidden_units_are_found(side: str) -> None:
     model, zero = stacked(), torch.tensor([2, 5])
