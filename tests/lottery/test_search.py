@@ -283,7 +283,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         find(net(), rounds=1, folder=tmp_path / "b")
     more = find(net(), rounds=2, folder=tmp_path / "a")  # further rounds go on from the first
     assert more.rounds[:2] == done.rounds
-    (tmp_path / "a" / "round-01.safetensors").write_bytes(b"broken")
+    state = tmp_path / "a" / "round-01.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1  # a weight: the file is still one of tensors
+    state.write_bytes(content)
+    with pytest.raises(pr.PruningError, match="does not have the recorded digest"):
+        find(net(), rounds=1, folder=tmp_path / "a")
+    state.write_bytes(b"broken")
     with pytest.raises(pr.PruningError, match="not a sound state"):
         find(net(), rounds=1, folder=tmp_path / "a")
     (tmp_path / "a" / "journal.sqlite").write_text("{")
