@@ -26,6 +26,12 @@ HALF = ("--target", "macs=0.5")
         (("plan", "{shop}:net", *IMAGE), 2, "target"),
         (("plan", "{shop}:net", *IMAGE, "--target", "half"), 2, "cannot read the target"),
         (("plan", "{shop}:net", *IMAGE, "--target", "sparsity=1.5"), 2, "out of range"),
+        (("plan", "{shop}:net", *IMAGE, "--target", "macs=50"), 2, "use --target macs=50% or --target macs=0.05k"),
+        (
+            ("run", "{shop}:net", *IMAGE, "--target", "params = 30", "-o", "out"),
+            2,
+            "30 % of the dense model's, or 30 in",
+        ),
         (("plan", "{shop}:net", *IMAGE, "--target", "macs=0.0000001"), 1, "cannot be met"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "magnitudo"), 2, "did you mean magnitude"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "uniform"), 2, "is not a recipe"),

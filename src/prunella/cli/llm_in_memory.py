@@ -61,9 +61,8 @@ def in_memory(request: LLMRequest, output: Path, *, dry_run: bool, overwrite: bo
 def _check(request: LLMRequest) -> None:
     """Before any work: what the words ask for goes together. Errors: RequestError."""
     from prunella.app.language_job import structural_recipe
-    from prunella.cli.parse import build_recipe, units_of
+    from prunella.cli.parse import asked_target, build_recipe, units_of
     from prunella.errors import RequestError
-    from prunella.targets import parse_target
 
     structure = request.structure
     names = request.units
@@ -77,7 +76,7 @@ def _check(request: LLMRequest) -> None:
         raise RequestError("vocabulary takes no --target and no --recover", why, "leave them out")
     if "vocabulary" not in names:
         structural_recipe([units_of(name) for name in names])
-        parse_target(structure.target or _TARGET)
+        asked_target(structure.target or _TARGET)
     if request.zeros.recipe is not None:
         build_recipe(request.zeros.recipe)
 
@@ -119,9 +118,8 @@ def _cost(request: LLMRequest, job: Job, model: Any, batches: list[Any]) -> Any:
 def _structured(request: LLMRequest, source: LanguageModel, model: Any, batches: list[Any]) -> Job:
     from prunella.app.job import Recovery, RecoveryStep
     from prunella.app.language_job import structural_recipe, structured_job, usual_recovery
-    from prunella.cli.parse import build_recipe
+    from prunella.cli.parse import asked_target, build_recipe
     from prunella.granularity import Vocabulary
-    from prunella.targets import parse_target
 
     structure, zeros = request.structure, request.zeros
     units = _units(request, source, model)
@@ -129,7 +127,7 @@ def _structured(request: LLMRequest, source: LanguageModel, model: Any, batches:
     recipe = structural_recipe(units)
     if zeros.recipe is not None:
         recipe = replace(build_recipe(zeros.recipe), granularity=units, equal_widths=recipe.equal_widths)
-    target = None if tokens else parse_target(structure.target or _TARGET)
+    target = None if tokens else asked_target(structure.target or _TARGET)
     steps = usual_recovery(units) if structure.recover is None else _steps(structure.recover)
     if zeros.bits is not None:
         steps = (*steps, RecoveryStep("quantize", zeros.bits))

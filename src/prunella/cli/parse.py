@@ -179,12 +179,22 @@ def read_target(budget: options.Budget) -> Target | None:
     Errors: RequestError if both are given.
     """
     if budget.threshold is None:
-        return None if budget.target is None else parse_target(budget.target)
+        return None if budget.target is None else asked_target(budget.target)
     if budget.target is not None:
         raise RequestError(
             "both --target and --threshold", "a threshold determines the sparsity", "give one of the two"
         )
     return Threshold(budget.threshold)
+
+
+def asked_target(text: str) -> Target:
+    """The target that somebody typed. Errors: those of `parse_target`; RequestError for `macs=50`, which is unclear."""
+    name, _, amount = (part.strip() for part in text.partition("="))
+    if name.lower() in ("macs", "params", "bytes") and amount.isdigit() and 1 < int(amount) <= 100:
+        why = f"{amount} % of the dense model's, or {amount} in all"
+        todo = f"use --target {name}={amount}% or --target {name}={int(amount) / 1000:g}k"
+        raise RequestError(f"{text} can be read in two ways", why, todo)
+    return parse_target(text)
 
 
 def read_loadable(budget: options.Budget) -> Loadable | None:
