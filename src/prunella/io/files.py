@@ -27,7 +27,15 @@ from prunella.errors import (
     system_error,
 )
 from prunella.io.lock import lock_file, locked
-from prunella.io.temporary import check_name, clean_up, discard, name_aside, temporary_file, temporary_folder
+from prunella.io.temporary import (
+    check_name,
+    clean_up,
+    discard,
+    name_aside,
+    remove_folder,
+    temporary_file,
+    temporary_folder,
+)
 
 MARKER = "manifest.json"
 """The file that marks a folder as an artifact; it is written last, so a folder without it is incomplete."""
@@ -258,7 +266,7 @@ def _replace_folder(temporary: Path, final: Path) -> None:
     """Replace the old folder; after a kill either folder is there, or the old one aside, which `clean_up` restores."""
     if _exchange(temporary, final):
         flush(final.parent)  # the new folder is durable before the old one is removed
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary, of=final)
         return
     aside = name_aside(final)
     final.replace(aside)
@@ -268,7 +276,7 @@ def _replace_folder(temporary: Path, final: Path) -> None:
         aside.rename(final)
         raise
     flush(final.parent)
-    discard(aside)
+    remove_folder(aside, of=final)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -69,6 +69,18 @@ def discard(path: Path) -> None:
     _ours.discard(path.name)
 
 
+def remove_folder(folder: Path, *, of: Path) -> None:
+    """Remove a folder that has a name of its own, after it has lost that name: a kill leaves no half of it there.
+
+    of: the locked path whose next writer removes what a kill has left.
+    """
+    nameless = _new_name(of, "part")
+    with suppress(OSError):  # it is removed all the same
+        folder.rename(nameless)
+    discard(folder)
+    discard(nameless)
+
+
 def clean_up(folder: Path, *, of: Path | None = None) -> None:
     """Clean up temporary files of killed processes in a folder. of: a locked path; all its temporary files go."""
     for entry, match in list(_left(folder)):

@@ -19,7 +19,7 @@ from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
 from prunella.io.record import read_record
-from prunella.io.temporary import clean_up
+from prunella.io.temporary import clean_up, remove_folder
 from prunella.io.tensor_file import open_tensors
 from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
@@ -140,7 +140,7 @@ def _remove_rests(output: Path, beside: Path) -> None:
             raise RequestError(
                 f"{beside} is in the way", "prunella did not write it", "move it, or choose another output"
             )
-        shutil.rmtree(beside)
+        remove_folder(beside, of=output)
 
 
 def identity_of(
