@@ -24,12 +24,15 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
 
 
 def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file."""
+    """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file.
+
+    A source `module:name` is the file of its code.
+    """
     final = Path(path)
     check_name(final)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
-    check_apart(final, *sources)
+    check_apart(final, *sources, *map(_code_of, sources))
     with writing(final):
         clean_up(final.parent)
         discard(temporary_file(final))
@@ -76,6 +79,16 @@ def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]
             if relation := _relation(os.fspath(output), place):
                 why = f"it {relation} {place}, which is read"
                 raise RequestError(f"cannot write {os.fspath(output)}", why, "choose another output")
+
+
+def _code_of(source: str | os.PathLike[str] | None) -> Path | None:
+    """The file of `package.module:name` or `path/to/file.py:name`, if it lies below the current folder."""
+    module, mark, _ = os.fspath(source or "").rpartition(":")
+    if not mark:
+        return None
+    whole = Path(module.replace(".", "/"))
+    places = (Path(module), whole.with_suffix(".py"), whole / "__init__.py") if module else ()
+    return next((place for place in places if place.is_file()), None)
 
 
 def _links_of(source: str) -> list[str]:
