@@ -148,7 +148,7 @@ def identity_of(
 ) -> Identity:
     """Everything that determines the result: every byte of the model's files, batches, recipe and versions."""
     files = {kind: sorted(source.glob(f"*.{kind}")) for kind in ("safetensors", "json")}
-    digests = {kind: {file.name: digest(file) for file in some} for kind, some in files.items()}
+    digests = {kind: {file.name: digest(file) for file in some if file.is_file()} for kind, some in files.items()}
     others = {"held-out data": list(held_out)} if held_out else {}
     return identify(
         {
