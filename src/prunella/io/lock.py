@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from prunella.errors import Locked, RequestError, system_error
-from prunella.io.temporary import check_name
+from prunella.io.temporary import check_name, followed
 from prunella.measure.clock import timestamp
 
 if sys.platform == "win32":
@@ -66,8 +66,11 @@ _guard = threading.Lock()
 
 
 def lock_file(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a folder or a file: hidden, next to it. Errors: RequestError for a name that is too long."""
-    whole = Path(path).absolute()
+    """The lock file of a folder or a file, the same by any link: hidden, next to it.
+
+    Errors: RequestError for a name that is too long.
+    """
+    whole = followed(path).absolute()
     check_name(whole)
     return whole.parent / f".{whole.name}.lock"
 

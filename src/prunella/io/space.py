@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from prunella.errors import OutOfResources, RequestError
-from prunella.io.files import check_free, writing
-from prunella.io.temporary import check_name, clean_up, discard, temporary_file
+from prunella.io.files import check_file_name, check_free, writing
+from prunella.io.temporary import check_name, clean_up, discard, followed, temporary_file
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -28,10 +28,8 @@ def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[
 
     A source `module:name` is the file of its code.
     """
-    final = Path(path)
-    check_name(final)
-    if final.is_dir():
-        raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
+    final = followed(path)
+    check_file_name(final)
     check_apart(final, *sources, *map(_code_of, sources))
     with writing(final):
         clean_up(final.parent)
@@ -55,7 +53,7 @@ def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Errors: RequestError unless a file can be created at `path`, in its nearest existing folder."""
-    final = Path(path).absolute()
+    final = followed(path).absolute()
     check_name(final)
     standing = _standing(final.parent)
     with writing(path):

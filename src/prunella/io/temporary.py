@@ -41,6 +41,11 @@ def check_name(path: str | os.PathLike[str]) -> None:
         raise RequestError(f"cannot write {name[:40]}...", f"its name has {size} bytes, which is too long", todo)
 
 
+def followed(path: str | os.PathLike[str]) -> Path:
+    """The path, or for a link where it leads, so that its target is written and locked, and the link stays."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def temporary_file(final: Path) -> Path:
     """A new, empty file next to `final`, with its mode from the umask."""
     path = _new_name(final, "part")
