@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from prunella.io.code import globals_read, is_own
+from prunella.io.code import Reads, is_own
 from prunella.io.identity import digest_of, model_parts
 
 SOURCE = """
@@ -127,7 +127,7 @@ def test_what_the_code_itself_changes_is_none() -> None:
         digests(user) == before and digest_of(images) == read and digest_of(DataLoader(images, batch_size=1)) == loader
     )
     assert digest_of(user.Images([torch.zeros(2)])) != read and digest_of(judge) != digest_of(user.Judge(3.0))
-    assert globals_read(user.log) == {"LIMIT": 1.0}  # neither what others change nor the state of the process
+    assert Reads().globals_of(user.log) == {"LIMIT": 1.0}  # neither what others change nor the state of the process
 
 
 def test_functions_that_call_each_other_and_large_graphs_of_calls_end() -> None:
@@ -144,7 +144,7 @@ def test_modules_of_the_user_are_told_from_installed_ones(monkeypatch: pytest.Mo
     user, outer = module(), ModuleType("outer_of_code")
     monkeypatch.setitem(sys.modules, user.__name__, user)
     exec("import shop_of_code as shop\ndef metric(x):\n    return shop.helper(x) * shop.LIMIT", vars(outer))
-    assert globals_read(outer.metric) == {"shop.LIMIT": 1.0, "shop.helper": user.helper}
+    assert Reads().globals_of(outer.metric) == {"shop.LIMIT": 1.0, "shop.helper": user.helper}
     before = digest_of(outer.metric)
     user.LIMIT = 2.0
     assert digest_of(outer.metric) != before

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePath
@@ -39,19 +39,39 @@ def is_own(module: object) -> bool:
     return file is None or not _INSTALLED & {*Path(file).parts}
 
 
-def globals_read(function: FunctionType) -> dict[str, object]:
-    """The globals that a function reads, and those of the user's modules that it reads as `module.name`."""
-    space, found = function.__globals__, dict[str, object]()
-    changed = _changed_globals(space)
-    for name, attribute in _loads(_with_inner(function.__code__)):
-        value = space.get(name)
-        if isinstance(value, ModuleType):
-            inner = vars(value).get(attribute)
-            if is_own(value.__name__) and attribute not in _changed_globals(vars(value)):
-                found[f"{name}.{attribute}"] = inner
-        elif name in space and not name.startswith("__") and name not in changed:
-            found[name] = value
-    return {name: value for name, value in sorted(found.items()) if _holds_data(value)}
+class Reads:
+    """What functions and objects read besides arguments. Modules and classes are looked through once."""
+
+    def __init__(self) -> None:
+        self._changed: dict[int, tuple[object, set[str]]] = {}
+
+    def globals_of(self, function: FunctionType) -> dict[str, object]:
+        """The globals that a function reads, and those of the user's modules that it reads as `module.name`."""
+        space, found = function.__globals__, dict[str, object]()
+        changed = self._changed_in(space, changed_globals)
+        for name, attribute in _loads(_with_inner(function.__code__)):
+            value = space.get(name)
+            if isinstance(value, ModuleType):
+                if is_own(value.__name__) and attribute not in self._changed_in(vars(value), changed_globals):
+                    found[f"{name}.{attribute}"] = vars(value).get(attribute)
+            elif name in space and not name.startswith("__") and name not in changed:
+                found[name] = value
+        return {name: value for name, value in sorted(found.items()) if _holds_data(value)}
+
+    def state_of(self, value: object) -> dict[str, object]:
+        """The attributes of an object of the user's own class that its methods do not change."""
+        if isinstance(value, SimpleNamespace):
+            return dict(vars(value))
+        if not is_own(type(value).__module__):
+            return {}
+        changed = self._changed_in(type(value), changed_attributes)
+        held = getattr(value, "__dict__", {})
+        return {name: part for name, part in held.items() if name not in changed and _holds_data(part)}
+
+    def _changed_in(self, owner: Any, find: Callable[[Any], set[str]]) -> set[str]:
+        if id(owner) not in self._changed:
+            self._changed[id(owner)] = owner, find(owner)
+        return self._changed[id(owner)][1]
 
 
 def members(kind: type) -> Iterator[tuple[str, object]]:
@@ -65,20 +85,13 @@ def members(kind: type) -> Iterator[tuple[str, object]]:
                     yield f"{base.__qualname__}.{name}", value
 
 
-def state_of(value: object) -> dict[str, object]:
-    """The attributes of an object of the user's own class that its methods do not change."""
-    if isinstance(value, SimpleNamespace):
-        return dict(vars(value))
-    if not is_own(type(value).__module__):
-        return {}
-    changed = _changed(
-        (code for base in type(value).__mro__ if is_own(base.__module__)
-         for name, member in vars(base).items() if name not in _BUILDERS
-         for function in _functions(member) for code in _with_inner(function.__code__)),
-        _ATTRIBUTES, "STORE_ATTR",
+def changed_attributes(kind: type) -> set[str]:
+    """The attributes that the methods of a class change, but for those that build it."""
+    functions = (
+        function for base in kind.__mro__ if is_own(base.__module__)
+        for name, member in vars(base).items() if name not in _BUILDERS for function in _functions(member)
     )  # fmt: skip
-    held = getattr(value, "__dict__", {})
-    return {name: part for name, part in held.items() if name not in changed and _holds_data(part)}
+    return _changed((code for one in functions for code in _with_inner(one.__code__)), _ATTRIBUTES, "STORE_ATTR")
 
 
 def _holds_data(value: object) -> bool:
@@ -113,7 +126,7 @@ def _loads(codes: Iterable[CodeType]) -> Iterator[tuple[str, str]]:
                 yield str(one.argval), str(after.argval) if after.opname in _ATTRIBUTES else ""
 
 
-def _changed_globals(space: Mapping[str, Any]) -> set[str]:
+def changed_globals(space: Mapping[str, Any]) -> set[str]:
     """What the functions and methods of a module change of it."""
     own = [value for value in space.values() if getattr(value, "__module__", None) == space.get("__name__")]
     members = (member for value in own if isinstance(value, type) for member in vars(value).values())

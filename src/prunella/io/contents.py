@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunella.errors import NotSupported
-from prunella.io.code import KNOWN, globals_read, is_own, members, state_of
+from prunella.io.code import KNOWN, Reads, is_own, members
 
 _CHUNK = 1 << 24
 """Bytes of a tensor that are brought to the CPU at a time."""
@@ -38,6 +38,7 @@ class Contents:
         self._write_model = write_model
         self._open: list[int] = []
         self._code: dict[int, tuple[int, object]] = {}
+        self._reads = Reads()
 
     def put(self, *words: str | bytes) -> None:
         """Write words."""
@@ -105,7 +106,7 @@ class Contents:
             if isinstance(value, Sized):
                 with suppress(Exception):  # a loader of a stream has a `__len__` that raises
                     self.put("length", str(len(value)))
-            self._write_mapping(state_of(value))
+            self._write_mapping(self._reads.state_of(value))
 
     def _write_loader(self, loader: DataLoader[Any]) -> None:
         """Write a loader. Its generator counts by its seed, since its state is another one after each epoch."""
@@ -159,7 +160,7 @@ class Contents:
         if str(function.__module__).partition(".")[0] not in KNOWN:  # generated functions have no module
             self._write_code(function.__code__)
         if is_own(function.__module__):
-            for name, read in globals_read(function).items():
+            for name, read in self._reads.globals_of(function).items():
                 self.put(name)
                 self.write(read)
         self.write((function.__defaults__, function.__kwdefaults__))
