@@ -53,6 +53,7 @@ class Started:
 def start(work: Work, home: Path, *, first: Work = lambda: None, last: Work = lambda: None) -> Started:
     """Start work in `home`, as the command line does it. first, last: called in the process, around the work."""
     said = home.parent / f"said-{next(_CALLS)}"
+    said.touch()
     gc.freeze()
     began = time.monotonic()
     child = os.fork()

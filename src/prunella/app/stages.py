@@ -220,7 +220,7 @@ def clean_finished(output: Path) -> None:
         return
     record = output / RECORD
     _check_ours(work)
-    with suppress(PruningError), locked(work / NAME):
+    with suppress(PruningError), locked(output), locked(work / NAME):
         if not (work / NAME).exists() or (record.is_file() and _finished(work) == digest(record)):
             shutil.rmtree(work)
 

@@ -102,13 +102,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take(file: Path) -> _Held:
     """Open and lock the file, and write the holder to it."""
+    me = Holder(os.getpid(), socket.gethostname(), timestamp())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(file)
-        me = Holder(os.getpid(), socket.gethostname(), timestamp())
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, me.text().encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, me.text().encode())
+        except BaseException:
+            _release(file, handle)
+            raise
     except OSError as error:
         todo = "check the folder and its permissions"
         raise system_error(error, f"cannot write {_locked_path(file)}", todo, kind=RequestError) from error

@@ -331,3 +331,9 @@ def test_a_configuration_that_transformers_refuses_and_a_pipe_in_the_source(tmp_
     with pytest.raises(BadInput, match="failed"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "other", WANDA, data=data())
     assert not (tmp_path / "other").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=r"cannot write .*out"):
+        pr.llm.solve_folder(tmp_path / "no model", tmp_path / "file" / "out", WANDA, data=data())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from prunella.io.files import clean_up_after_kill
-from prunella.io.space import check_apart, check_space
+from prunella.io.space import check_apart, check_space, check_writable
 from prunella.io.temporary import followed
 from prunella.llm.blockwise import Solving
 from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calibration, split
@@ -123,6 +123,8 @@ def solve_and_close(
         clean_up_after_kill(folder)
     check_output(folder, overwrite=overwrite)
     check_apart(folder, source)
+    if group.is_main:
+        check_writable(folder)
     parts = split(data)
     calibration, drawn = as_calibration(parts.data), None
     if calibration is not None:
