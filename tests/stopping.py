@@ -17,10 +17,18 @@ import pytest
 from prunella.io.journal import NAME
 
 _left: list[int] = []
+_also: list[Callable[[], object]] = []
+
+
+def at_every_tick(function: Callable[[], object]) -> None:
+    """Call a function at every call of an evaluation."""
+    _also.append(function)
 
 
 def tick() -> None:
     """One call of an evaluation; KeyboardInterrupt in the one that `stops_at` names."""
+    for function in _also:
+        function()
     if _left:
         _left[0] -= 1
         if not _left[0]:

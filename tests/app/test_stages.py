@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from prunella.app import run as app
 from prunella.app.job import Job, Recovery, read_steps
 from prunella.app.recover import Tick
-from prunella.app.stages import folder_of
+from prunella.app.stages import clean_finished, folder_of
 from prunella.app.verify import check_folder
 from prunella.errors import BadInput, CheckFailed, RequestError
 from prunella.io.artifact import load
+from prunella.io.journal import NAME, open_journal
+from prunella.io.lock import Holder, lock_file
 from prunella.planning.recipe import Recipe
 from prunella.recovery import checkpoint
 from prunella.recovery.finetune import Training, finetune
@@ -262,3 +264,17 @@ def test_a_folder_of_somebody_else_is_not_taken_for_stages(tmp_path: Path) -> No
     with pytest.raises(RequestError, match=r"is in the way\nit holds thesis.tex"):
         run(tmp_path / "out")
     assert (folder_of(tmp_path / "out") / "thesis.tex").read_text() == "years"
+
+
+def test_nothing_is_cleaned_while_another_machine_writes_the_output(tmp_path: Path) -> None:
+    """Its stages look as if their run had ended, and are those of a run that has just begun."""
+    output = tmp_path / "out"
+    with open_journal(folder_of(output)):
+        pass
+    (folder_of(output) / NAME).unlink()
+    lock_file(output).write_text(Holder(7, "elsewhere", 1.7e9).text())
+    clean_finished(output)
+    assert folder_of(output).is_dir()
+    lock_file(output).unlink()
+    clean_finished(output)
+    assert not folder_of(output).exists()

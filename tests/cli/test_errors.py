@@ -244,3 +244,46 @@ def test_a_file_that_is_read_is_not_written(prunella: Run, shop: str) -> None:
         line = ("export", f"{shop}:net", "--weights", "w.safetensors", *IMAGE, "-o", output, "--overwrite")
         result = prunella(*line)
         assert result.code == 2 and "is the same as" in result.err and Path("w.safetensors").read_bytes() == before
+
+
+TABLES = {
+    "scan --csv": ("scan", "{shop}:net", *IMAGE, "--ratios", "0.5", "--csv"),
+    "scan --plot": ("scan", "{shop}:net", *IMAGE, "--ratios", "0.5", "--plot"),
+    "inspect": ("inspect", "{shop}:net", *IMAGE, "--html"),
+    "bench": ("bench", "{shop}:net", *IMAGE, "--plot"),
+    "pareto": ("pareto", "{shop}:net", "--metric", "{shop}:kept_filters", "--inputs", "{shop}:loader", "--csv"),
+    "compare": ("compare", "in", "--data", "text.svg", "--text", "more.txt", "--latex"),
+}
+
+
+@pytest.mark.parametrize("verb", TABLES)
+def test_what_lies_beside_a_result_replaces_nothing_that_is_read(prunella: Run, shop: str, verb: str) -> None:
+    """The weights, the text, the file of the user's own code; by its name and by a link to it."""
+    read = Path("text.svg" if verb == "compare" else f"{shop}.py")
+    Path("text.svg").write_text("a b c")
+    Path("link.svg").symlink_to(read)
+    before = read.read_bytes()
+    for output in ("link.svg", str(read)):
+        result = prunella(*(word.format(shop=shop) for word in TABLES[verb]), output, "--overwrite")
+        assert result.code == 2 and ("is the same as" in result.err or "cannot draw" in result.err)
+        assert read.read_bytes() == before
+
+
+def test_two_results_are_two_files_and_none_is_the_journal(prunella: Run, shop: str) -> None:
+    line = ("scan", f"{shop}:net", *IMAGE, "--ratios", "0.5", "-o", "out", "--overwrite")
+    twice = prunella(*line, "--csv", "x.svg", "--plot", "./x.svg")
+    assert twice.code == 2 and "is asked for twice" in twice.err and not Path("out").exists()
+    assert prunella(*line).code == 0
+    before = Path("out/journal.sqlite").read_bytes()
+    result = prunella(*line, "--csv", "out/journal.sqlite")
+    assert result.code == 2 and "is the same as" in result.err and Path("out/journal.sqlite").read_bytes() == before
+
+
+def test_a_plan_replaces_a_plan_and_nothing_else(prunella: Run, shop: str) -> None:
+    line = ("plan", f"{shop}:net", *IMAGE, *HALF, "-o")
+    assert [prunella(*line, "x.plan").code for _ in range(2)] == [0, 0]
+    Path("thesis.txt").write_text("mine")
+    result = prunella(*line, "thesis.txt")
+    assert result.code == 2 and "exists, and is no plan" in result.err and Path("thesis.txt").read_text() == "mine"
+    result = prunella(*line, f"{shop}.py")
+    assert result.code == 2 and Path(f"{shop}.py").read_text().startswith("\nimport torch")

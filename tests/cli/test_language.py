@@ -38,6 +38,33 @@ def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
     assert "not empty" in prunella(*LINE, "--seqlen", "12", "-o", "out").err
 
 
+def test_no_folder_of_this_machine_is_in_what_is_written(prunella: Run, story: Any) -> None:
+    """Of the model, of both texts, of the output; a folder may have spaces in its name."""
+    here = Path("Jane Doe").absolute()
+    here.mkdir()
+    for name in ("in", "text.txt"):
+        Path(name).rename(here / name)
+    (here / "more.txt").write_text(" ".join(WORDS[::-1] * 10))
+    line = (
+        "llm",
+        str(here / "in"),
+        "--data",
+        str(here / "text.txt"),
+        "--text",
+        str(here / "more.txt"),
+        "--nsamples",
+        "3",
+    )
+    done = prunella(*line, "--seqlen", "12", "--eval-seqlen", "12", "-o", str(here / "out"))
+    assert done.code == 0, done.err
+    page = prunella("inspect", str(here / "out"), "--inputs", "1x8:int64", "--html", str(here / "out.html"))
+    assert page.code == 0, page.err
+    for file in (*(here / "out").iterdir(), here / "out.html"):
+        content = file.read_bytes()
+        assert b"Jane Doe" not in content and b"Doe/" not in content, file.name
+    assert '"name": "text.txt"' in (here / "out" / "run.json").read_text()
+
+
 def test_without_data_the_model_writes_its_own_text(prunella: Run, story: Any) -> None:
     line = ("llm", "in", "--pattern", "2:4", "--nsamples", "4", "--seqlen", "12", "-o", "out")
     planned = prunella(*line, "--dry-run")

@@ -44,6 +44,11 @@ MOVED: list[float] = []
 """What `make_moved` reads beside its code, as another function reads a checkpoint."""
 
 
+def move(by: float) -> None:
+    """Move the networks that are made from now on: what code itself changes is no part of the question."""
+    MOVED.append(by)
+
+
 def make_moved(seed: int) -> nn.Module:
     """A network whose last bias is moved by what lies in `MOVED`, which no code of it says."""
     model = make(seed)

@@ -192,7 +192,7 @@ def test_a_dense_model_with_other_weights_is_not_taken_for_the_one_that_is_known
     pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert records(tmp_path / "run") == before
     module._dense.cache_clear()
-    parts.MOVED.append(1.0)
+    parts.move(1.0)
     try:
         pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
     finally:
@@ -206,7 +206,7 @@ def test_the_model_of_every_seed_counts(tmp_path: Path) -> None:
     pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0, 1))
     before = records(tmp_path / "run")
     module._dense.cache_clear()
-    parts.MOVED.append(1.0)
+    parts.move(1.0)
     try:
         pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0, 1))
     finally:

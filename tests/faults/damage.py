@@ -24,7 +24,7 @@ from tests.faults.rounds import Cases, Effort, Round, main
 from tests.faults.states import State, states
 from tests.faults.verbs import Verb
 
-REFUSED, IN_USE = 3, 2
+REFUSED, MISUSE = 3, 2
 SECONDS = 2.0
 """Of the processor, until a file is refused."""
 KILLED = 4
@@ -83,7 +83,8 @@ def flipped(verb: Verb, home: Path, state: State, flip: Flip) -> str:
     data = bytearray(file.read_bytes())
     data[flip.place] ^= 1 << flip.bit
     file.write_bytes(data)
-    return answered(verb, home, state, (REFUSED, IN_USE) if flip.file.endswith(".lock") else (REFUSED,))
+    told = flip.file.endswith((".lock", ".plan"))  # a lock of others; a file that no plan replaces, since it is none
+    return answered(verb, home, state, (REFUSED, MISUSE) if told else (REFUSED,))
 
 
 def answered(verb: Verb, home: Path, state: State, refused: tuple[int, ...]) -> str:

@@ -53,6 +53,7 @@ class Started:
 def start(work: Work, home: Path, *, first: Work = lambda: None, last: Work = lambda: None) -> Started:
     """Start work in `home`, as the command line does it. first, last: called in the process, around the work."""
     said = home.parent / f"said-{next(_CALLS)}"
+    said.touch()
     gc.freeze()
     began = time.monotonic()
     child = os.fork()
@@ -68,7 +69,8 @@ def start(work: Work, home: Path, *, first: Work = lambda: None, last: Work = la
         code = code_of(work)
         last()
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(BaseException):  # a limit of the size of files holds for what is said too
+            traceback.print_exc()
         code = 71
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
@@ -85,9 +87,10 @@ def code_of(work: Work) -> int:
         return int(error.code or 0)
     except BaseException as error:
         code = explain_error(error).code
-        if code == 70:
-            traceback.print_exc()
-        print(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):
+            if code == 70:
+                traceback.print_exc()
+            print(f"{type(error).__name__}: {error}", flush=True)
         return code
     return 0
 

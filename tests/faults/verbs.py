@@ -40,6 +40,18 @@ def batch():
 def loss(model, batch):
     return cross_entropy(model(batch), torch.arange(len(batch)) % 4)
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.linear(x).relu()
+
+def deep():
+    torch.manual_seed(SEED)
+    return nn.Sequential(nn.Sequential(*(Block() for _ in range(4))), nn.Linear(8, 4)).eval()
+
 def tokens():
     generator = torch.Generator().manual_seed(2)
     return [{"input_ids": torch.randint(0, 32, (1, 16), generator=generator)} for _ in range(2)]
@@ -74,6 +86,12 @@ def _line(*words: str) -> Callable[[], object]:
 VERIFY = _line("verify", "out")
 NET = ("source.job:net", "--inputs", "2x8")
 OWN_TEXT = ("--nsamples", "2", "--seqlen", "16")
+SHORT = (
+    "--eval-seqlen",
+    "16",
+    "--eval-samples",
+    "2",
+)  # the dense model writes the text by which both are judged, token by token
 RUN = ("run", *NET, "--target", "macs=0.6", "--data", "source.job:data", "--metric", "source.job:metric", "-o", "out")
 
 
@@ -156,6 +174,34 @@ def _pareto() -> None:
     pr.experiments.pareto(experiment, "out", ratios=(2.0,), seeds=(0, 1))
 
 
+def _netadapt() -> None:
+    from source import job
+
+    import prunella as pr
+
+    space = pr.search.space(job.made(0), job.batch(), pr.Recipe())
+    pr.search.netadapt(space, pr.MACs(0.6), job.metric, step=0.2, folder="out")
+
+
+def _depth() -> None:
+    from source import job
+
+    import prunella as pr
+
+    pr.search.greedy_blocks(job.deep(), job.batch(), job.metric, count=2, folder="out")
+
+
+def _train() -> None:
+    from source import job
+
+    import prunella as pr
+    from prunella.recovery import checkpoint
+
+    checkpoint.SECONDS = 0.0
+    training = pr.recovery.Training(checkpoint="out.safetensors")
+    pr.finetune(job.made(0), job.data(), job.loss, steps=3, lr=0.1, training=training)
+
+
 def _compare() -> None:
     from source import job
 
@@ -193,9 +239,14 @@ VERBS = (
     Verb("prune", _prune),
     Verb("imp", _imp),
     Verb("levels", _levels),
+    Verb("netadapt", _netadapt),
+    Verb("depth", _depth),
+    Verb("train", _train),
     Verb("compare", _compare),
     Verb("pareto", _pareto),
-    Verb("llm", _line("llm", "source/llama", "--data", "source.job:tokens", "-o", "out"), _llama, (0, 2), VERIFY),
+    Verb(
+        "llm", _line("llm", "source/llama", "--data", "source.job:tokens", *SHORT, "-o", "out"), _llama, (0, 2), VERIFY
+    ),
     Verb("llm auto", _line("llm", "source/llama", *OWN_TEXT, "-o", "out"), _llama, (0, 2), VERIFY),
     Verb("llm over", lambda: _one_shot(overwrite=True), _prepared_llm, check=VERIFY),
     Verb("run", _line(*RUN, "--recover", "bn,reconstruct,distill:3"), again=(0, 2), check=VERIFY),

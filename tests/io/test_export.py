@@ -70,6 +70,7 @@ def test_pt2_takes_any_batch_and_holds_no_pickle(tmp_path: Path) -> None:
         parts = {name: archive.read(name) for name in archive.namelist()}
     assert not [name for name, data in parts.items() if name.endswith(".pt") and data]
     assert b"stack_trace" not in next(data for name, data in parts.items() if name.endswith("models/model.json"))
+    assert not any(str(Path(__file__).parent).encode() in data for data in parts.values())
     assert all(json.loads(data) is not None for name, data in parts.items() if name.endswith(".json"))
 
 
@@ -89,6 +90,9 @@ def test_onnx_is_read_by_its_runtime(tmp_path: Path) -> None:
     (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), net(batch), rtol=1e-4, atol=1e-5)
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+    assert not any(
+        place in made.path.read_bytes() for place in (bytes(Path(__file__).parent), bytes(Path(torch.__file__).parent))
+    )
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt2"])

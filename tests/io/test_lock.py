@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from prunella.errors import Locked, RequestError
+from prunella.errors import Locked, OutOfResources, RequestError
 from prunella.io import lock
 from prunella.io.files import new_folder
 from prunella.io.lock import Holder, lock_file, locked
@@ -89,6 +90,19 @@ def test_a_lock_of_another_machine_is_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(Locked, match=said), locked(tmp_path / "out"):
         pytest.fail("the lock of another machine was taken")
     assert holder(file).host == "elsewhere"
+
+
+def test_a_lock_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OutOfResources), locked(tmp_path / "out"):
+            pytest.fail("there was no room for the lock")
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "out"):
+        assert lock_file(tmp_path / "out").exists()
 
 
 def test_where_there_are_no_locks_the_process_that_is_named_counts(

@@ -13,6 +13,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import OutOfResources, RequestError
+from prunella.io.files import write_atomic
 from prunella.io.lock import lock_file, locked
 from prunella.io.space import check_apart, check_output_file, check_output_folder, check_space, check_writable
 
@@ -124,3 +125,40 @@ def test_what_cannot_be_written_is_found_and_nothing_stays(tmp_path: Path) -> No
         check_output_file(tmp_path)
     check_writable(tmp_path / "new" / "deep")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_target_of_a_link_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    """A large disk by a link on a small one; also where the target does not exist yet."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for name in ("file", "folder", "new"):
+        (tmp_path / name).symlink_to(disk / f"the {name}")
+    (disk / "the file").write_text("old")
+    (disk / "the file").chmod(0o600)
+    check_output_file(tmp_path / "file")
+    write_atomic(tmp_path / "file", b"new")
+    assert (disk / "the file").read_text() == "new" and (disk / "the file").stat().st_mode & 0o777 == 0o600
+    write_atomic(tmp_path / "new", b"new")
+    for _ in range(2):
+        saved = pr.save(nn.Linear(4, 4), tmp_path / "folder", factory=lambda: nn.Linear(4, 4), overwrite=True)
+        assert saved.path == tmp_path / "folder" and pr.load(tmp_path / "folder", factory=lambda: nn.Linear(4, 4))
+    assert sorted(place.name for place in disk.iterdir()) == ["the file", "the folder", "the new"]
+    assert all((tmp_path / name).is_symlink() for name in ("file", "folder", "new"))
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["disk", "file", "folder", "new"]
+
+
+def test_a_link_to_a_folder_has_its_lock(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    with locked(tmp_path / "out"):
+        assert lock_file(tmp_path / "link") == lock_file(tmp_path / "out") and lock_file(tmp_path / "link").exists()
+
+
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        for write in (check_output_file, lambda path: write_atomic(path, b"x")):
+            with pytest.raises(RequestError, match="a pipe or a device"):
+                write(tmp_path / name)
+    assert not (tmp_path / "pipe").is_file() and (tmp_path / "pipe").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from torch import nn
 import prunella as pr
 from prunella.io import files, temporary
 from prunella.io.files import new_folder, write_atomic
-from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
+from prunella.io.temporary import clean_up, discard, name_aside, remove_folder, temporary_file, temporary_folder
 from tests.stopping import killed
 
 
-def die(*_: object) -> None:
+def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -61,6 +62,39 @@ def test_what_was_moved_aside_comes_back_if_nothing_took_its_place(
     assert not (tmp_path / "out").exists()
     clean_up(tmp_path)
     assert (tmp_path / "out" / files.MARKER).read_text() == "old" and names(tmp_path) == ["out", ".out.lock"][::-1]
+
+
+def test_half_of_a_removed_folder_never_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "a").touch()
+
+    def remove() -> None:
+        monkeypatch.setattr(shutil, "rmtree", die)
+        remove_folder(folder, of=tmp_path / "name")
+
+    assert killed(remove) == -signal.SIGKILL
+    assert not folder.exists() and len(names(tmp_path)) == 1
+    clean_up(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_a_kill_while_the_replaced_folder_is_removed_leaves_nothing_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new, final = tmp_path / ".out.new", tmp_path / "out"
+    for folder in (new, final):
+        folder.mkdir()
+        (folder / "a").write_text(folder.name)
+
+    def swap() -> None:
+        monkeypatch.setattr(shutil, "rmtree", die)
+        files.swap_in(new, final)
+
+    assert killed(swap) == -signal.SIGKILL
+    assert (final / "a").read_text() == ".out.new" and not new.exists()
+    clean_up(tmp_path, of=final)
+    assert names(tmp_path) == ["out"]
 
 
 def test_those_of_live_processes_and_of_this_one_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from prunella.io.json import LARGEST, MOST_MEMORY, decode, memory_of, read_json
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_links
 from prunella.llm.streaming.shards import write_shard
+from prunella.llm.text import text_tokens
 
 
 def net() -> nn.Module:
@@ -186,6 +187,24 @@ def test_links_are_followed_inside_a_folder_and_in_the_cache_of_hugging_face_onl
     (snapshot / "config.json").symlink_to(secret)
     with pytest.raises(BadInput, match=r"config\.json is a link"):
         read_folder(snapshot)
+
+
+def test_no_link_in_a_source_is_copied_into_what_is_saved(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "secret").write_text('{"key": "s3cret"}')
+    (source / "special_tokens_map.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput, match="leads out of the folder"):
+        pr.save(nn.Linear(4, 4), tmp_path / "out", factory=lambda: nn.Linear(4, 4), source=source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_a_device_is_never_read(tmp_path: Path) -> None:
+    for text in ("/dev/zero", tmp_path / "pipe"):
+        if text != "/dev/zero":
+            os.mkfifo(text)
+        with pytest.raises(BadInput, match="a pipe or a device"):
+            text_tokens(tmp_path, text)
 
 
 def test_an_artifact_with_a_link_out_of_it(sound: Path, tmp_path: Path) -> None:

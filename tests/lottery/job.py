@@ -17,6 +17,11 @@ DIES_IN, TRAINED = [-1], [0]
 """The number of the training that is killed, and how many were made: no part of the training, which is resumed."""
 
 
+def die_in(training: int) -> None:
+    """The process is killed in the training of that number."""
+    DIES_IN[0] = training
+
+
 def train(model: nn.Module, session: pr.lottery.Session) -> None:
     """As `fit`; SIGKILL in the middle of training number `DIES_IN`."""
     if TRAINED == DIES_IN:
@@ -37,5 +42,5 @@ def job(folder: Path | None, rewind: Rewind) -> Tickets[nn.Sequential]:
 
 if __name__ == "__main__":
     kind = {"weights": pr.lottery.WeightRewind, "rates": pr.lottery.RateRewind}[sys.argv[2]]
-    DIES_IN[0] = int(sys.argv[4])
+    die_in(int(sys.argv[4]))
     job(Path(sys.argv[1]), kind(int(sys.argv[3])))

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.errors import CheckFailed, RequestError
+from prunella.errors import CheckFailed, Locked, RequestError
 from prunella.model.masks import finalize
 from prunella.recovery.finetune import Training, adamw, finetune, warmup_cosine
 from prunella.transform.apply import apply_
@@ -161,3 +163,21 @@ def test_a_loss_of_many_numbers_and_a_frozen_model_are_refused() -> None:
         finetune(_net(), _data(), lambda m, b: m(b[0]), steps=1, lr=0.1)
     with pytest.raises(RequestError, match="requires a gradient"):
         finetune(_net().requires_grad_(False), _data(), _loss, steps=1, lr=0.1)
+
+
+def test_one_checkpoint_belongs_to_one_training(tmp_path: Path) -> None:
+    how, refused = Training(checkpoint=tmp_path / "training.safetensors"), list[str]()
+
+    def second() -> None:
+        with pytest.raises(Locked) as told:
+            finetune(_net(), _data(), _loss, steps=2, lr=0.02, training=how)
+        refused.append(str(told.value))
+
+    def on_step(*_: float) -> None:
+        other = Thread(target=second)
+        other.start()
+        other.join()
+
+    finetune(_net(), _data(), _loss, steps=2, lr=0.02, training=how, on_step=on_step)
+    assert len(refused) == 2 and "training.safetensors is in use" in refused[0]
+    assert [file.name for file in tmp_path.iterdir()] == []

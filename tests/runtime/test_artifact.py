@@ -191,6 +191,14 @@ def test_what_cannot_be_saved(tmp_path: Path, kernels: Calls) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sparse_model_does_not_replace_its_source(folder: Path) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for output in (folder, folder / "out"):
+        with pytest.raises(RequestError, match=f"^cannot write {output}\n.*which is read"):
+            pr.runtime.save_sparse(pr.sparse(net(), IMAGE), output, factory=net, source=folder, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 SPARSE = [
     (lambda s: s.update(layers=[]), "cannot be read"),
     (lambda s: s.update(layers={"0.one": [[1, [2, 8, 5, 5]]]}), "cannot be read"),

@@ -29,8 +29,8 @@ import sys, time, warnings
 from pathlib import Path
 import prunella as pr
 from tests.graphs import convnet, images
-from tests.search import test_netadapt
 from tests.search.test_netadapt import quality
+from tests.stopping import at_every_tick
 here = Path(sys.argv[3])
 
 def meet():  # in its first trial each waits for that of the other: a busy machine may start one of them much later
@@ -38,7 +38,7 @@ def meet():  # in its first trial each waits for that of the other: a busy machi
     while len(list(here.iterdir())) < 2:
         time.sleep(0.01)
 
-test_netadapt.tick = meet
+at_every_tick(meet)
 cuts = pr.search.space(convnet().eval(), images()[0], pr.Recipe())
 found = pr.search.evolve(cuts, pr.MACs(0.4), quality, trials=10, storage=sys.argv[1], seed=int(sys.argv[2]))
 print(found.tried, found.value, found.cost)

@@ -29,7 +29,7 @@ from prunella.io.lock import locked
 from prunella.io.manifest import check_files, entry_of
 from prunella.io.nested import load_state, save_state
 from prunella.io.plan_file import load_plan, save_plan
-from prunella.io.temporary import clean_up
+from prunella.io.temporary import clean_up, followed
 from prunella.model.rng import restore_rng_, rng_state
 from prunella.planning.plan import Plan
 from prunella.recovery.checkpoint import named_tensors, put_tensors_
@@ -195,7 +195,7 @@ def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, ove
 
 def folder_of(output: Path) -> Path:
     """The folder of the stages of a run."""
-    whole = output.absolute()
+    whole = followed(output).absolute()
     return whole.with_name(f".{whole.name}.run")
 
 
@@ -220,7 +220,7 @@ def clean_finished(output: Path) -> None:
         return
     record = output / RECORD
     _check_ours(work)
-    with suppress(PruningError), locked(work / NAME):
+    with suppress(PruningError), locked(output), locked(work / NAME):
         if not (work / NAME).exists() or (record.is_file() and _finished(work) == digest(record)):
             shutil.rmtree(work)
 

@@ -56,12 +56,14 @@ def pareto(
     from prunella.cli.parse import build_recipe, check_tables, write_tables
     from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment
     from prunella.experiments.pareto_experiment import pareto as run
+    from prunella.io.journal import NAME
     from prunella.io.space import check_room_for_journal
     from prunella.targets import parse_target
 
     only_on_cpu("a study over seeds")
     check_room_for_journal(output)
-    check_tables(csv, latex, overwrite=overwrite)
+    read, own = (make, metric, inputs, data, loss, recover), (output / NAME, output / RECORD, output / PAGE)
+    check_tables(csv, latex, sources=(*read, *own), overwrite=overwrite)
     recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}
     experiment = ParetoExperiment(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
     divided = type(parse_target(f"{unit}=0.5"))
@@ -109,11 +111,13 @@ def compare(
     The dense model and one pruned model are in memory together. The same command resumes an interrupted comparison.
     """
     from prunella.cli.parse import check_tables, write_tables
+    from prunella.io.journal import NAME
     from prunella.io.space import check_apart, check_room_for_journal
 
     check_apart(output, model, protocol.data, protocol.text)
     check_room_for_journal(output)
-    check_tables(csv, latex, overwrite=overwrite)
+    read = (model, protocol.data, protocol.text, output / NAME)
+    check_tables(csv, latex, sources=read, overwrite=overwrite)
     recipes = {name: llm_recipe(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
     compared, how = _compare(folder_of(model), recipes, protocol, seeds, output)
     write_tables({csv: compared.csv, latex: compared.latex})

@@ -159,6 +159,7 @@ def inspect(
 ) -> None:
     """Show layers, parameters and MACs; the groups that can be pruned, with costs; what cannot be pruned, and why."""
     from prunella.cli.parse import check_new_file, open_source
+    from prunella.cli.run import named
     from prunella.graph.solve.groups import couple
 
     check_new_file(html, source, overwrite=overwrite)
@@ -175,7 +176,7 @@ def inspect(
         from prunella.io.files import write_atomic
         from prunella.reporting.coupling import render_coupling
 
-        note(f"wrote {write_atomic(html, render_coupling(graph, source.model).encode())}")
+        note(f"wrote {write_atomic(html, render_coupling(graph, named(source.model)).encode())}")
     emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)
 
 

@@ -125,9 +125,7 @@ def _judges(model: Any, held_out: Any) -> Any:
 
 
 def _calibrated(data: Any) -> str:
-    from prunella.measure.text import without_folders
-
-    return f"{len(data)} batches" if isinstance(data, list) else without_folders(str(data))
+    return f"{len(data)} batches" if isinstance(data, list) else str(data)
 
 
 def teller() -> Callable[[BlockStep], None]:

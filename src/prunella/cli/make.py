@@ -54,7 +54,7 @@ def plan(
     from prunella.io.plan_file import save_plan
     from prunella.planning.planner import plan as make_plan
 
-    parse.check_new_file(output, source, overwrite=True)
+    parse.check_new_plan(output, source, method.data, method.loss)
     recipe, target = parse.recipe_of(method, budget), parse.read_target(budget)
     by_hand = parse.read_by_hand(budget)
     data, loss = parse.load_data(method.data), parse.load_loss(method.loss)
@@ -99,6 +99,7 @@ def scan(
 ) -> None:
     """Measure sensitivity: cut each group alone and evaluate the model. A killed scan resumes from the folder -o."""
     from prunella.cli import parse
+    from prunella.io.journal import NAME
     from prunella.measure.formats import csv_table
     from prunella.reporting.scan_chart import scan_chart
     from prunella.search import agreement, space
@@ -107,7 +108,8 @@ def scan(
 
     parse.check_journal_folder(output, source)
     kind = _kind_of_plot(plot)
-    parse.check_tables(plot, csv, overwrite=overwrite)
+    read = (source.model, source.weights, method.data, method.loss, metric)
+    parse.check_tables(plot, csv, sources=(*read, output and output / NAME), overwrite=overwrite)
     recipe, fractions = parse.recipe_of(method), parse.read_ratios(ratios)
     data, evaluate = parse.load_data(method.data), parse.load_function(metric, "metric")
     network, example = parse.open_source(source, seed=method.seed, program=program)
@@ -169,7 +171,7 @@ def import_(
     from prunella.io.plan_file import save_plan
     from prunella.registry import catalogue
 
-    parse.check_new_file(output, source, file, masks, overwrite=True)
+    parse.check_new_plan(output, source, file, masks)
     reader = catalogue.lookup(importer, "importer").function if importer else None
     network, example = parse.open_source(source)
     with stage(f"importing {file}"):
@@ -196,7 +198,7 @@ def export(
     from prunella.io.export import export as write
 
     only_on_cpu("an export")
-    check_new_file(output, source, overwrite=overwrite)
+    check_new_file(output, source, factory, overwrite=overwrite)
     network, example = open_source(source, factory=factory)
     with stage(f"writing {output}"):
         written = write(network, output, inputs=example, any_size=any_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from prunella.graph.program.capture import as_program
 from prunella.io.artifact import PLAN, load
 from prunella.io.examples import check_forward, example_inputs
 from prunella.io.files import MARKER, write_atomic
+from prunella.io.kind_of_path import described_path, is_plan
 from prunella.io.load import load_model, load_object
 from prunella.io.manifest import read_manifest
 from prunella.io.plan_file import load_plan
@@ -129,18 +131,30 @@ def check_new_file(
     file: Path | None, source: options.SourceOptions, *others: str | None, overwrite: bool = False
 ) -> None:
     """Check, before any work, that the file is writable, is not an input, and is not overwritten by accident."""
-    if file is None:
-        return
-    _check_unused(file, overwrite=overwrite)
-    check_output_file(file, source.model, source.weights, *others)
+    if file is not None:
+        _check_unused(file, overwrite=overwrite)
+        check_output_file(file, source.model, source.weights, *others)
 
 
-def check_tables(*files: Path | None, overwrite: bool) -> None:
-    """Before any work: the files beside a result can be written, and replace nothing unasked."""
-    for file in files:
-        if file is not None:
-            _check_unused(file, overwrite=overwrite)
-            check_output_file(file)
+def check_new_plan(file: Path | None, source: options.SourceOptions, *others: str | None) -> None:
+    """`check_new_file` for a plan, which replaces a plan and nothing else."""
+    if file is not None and file.is_file() and not is_plan(file):
+        what = f"{file} exists, and is no plan"
+        raise RequestError(what, f"{described_path(file)}, and only a plan is replaced", "choose another name")
+    check_new_file(file, source, *others, overwrite=True)
+
+
+def check_tables(*files: Path | None, sources: Sequence[str | Path | None], overwrite: bool) -> None:
+    """Before any work: the files beside a result can be written, each once, and replace nothing unasked.
+
+    sources: what is read, which they never are.
+    """
+    wanted = [file for file in files if file is not None]
+    for number, file in enumerate(wanted):
+        _check_unused(file, overwrite=overwrite)
+        check_output_file(file, *sources)
+        if any(os.path.realpath(file) == os.path.realpath(other) for other in wanted[:number]):
+            raise RequestError(f"{file} is asked for twice", "one result would replace the other", "name two files")
 
 
 def _check_unused(file: Path, *, overwrite: bool) -> None:

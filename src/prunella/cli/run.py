@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunella.cli import options
 from prunella.cli.console import emit, stage
-from prunella.measure.text import without_folders
+from prunella.measure.text import file_name
 
 if TYPE_CHECKING:
     from prunella.app.job import Job
@@ -79,8 +79,7 @@ def _job(
 def named(word: str) -> str:
     """A word of the command line for the record; of an absolute path only the last name, since folders name people."""
     option, mark, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-    path = Path(value).expanduser()
-    return f"{option}{mark}{path.name if path.is_absolute() else without_folders(value)}"
+    return f"{option}{mark}{file_name(value)}"
 
 
 def run_text(result: dict[str, Any], folder: Path) -> str:

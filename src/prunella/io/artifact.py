@@ -44,6 +44,7 @@ from prunella.io.recorded_cut import attribute, cut_as_recorded_
 from prunella.io.space import check_apart, check_space
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.io.tensor_writer import size_of as bytes_of
+from prunella.io.untrusted import check_links
 from prunella.measure.text import byte_size
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.config_search import (
@@ -342,6 +343,7 @@ def _copy_extras(source: str | os.PathLike[str] | None, folder: Path, *, renumbe
         return
     if not Path(source).is_dir():
         raise RequestError(f"source {source} is not a folder", "tokenizer files are copied from there", "leave it out")
+    check_links(Path(source))
     for file in Path(source).iterdir():
         patterns = pretrained.WITHOUT_TOKENS if renumbered else pretrained.COMPANIONS
         wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunella.errors import NotSupported
+from prunella.io.code import KNOWN, Reads, is_own, members
 
 _CHUNK = 1 << 24
 """Bytes of a tensor that are brought to the CPU at a time."""
-_KNOWN = ("prunella", "torch")
-"""Packages whose functions are known by name and version."""
 _ATOMS = (bool, int, float, complex, str, range, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_SETTINGS = (bool, int, float, str, list, tuple, Tensor, np.ndarray)
+"""Attributes of a sampler that choose; others are the dataset and generators."""
 WriteModel = Callable[["Contents", nn.Module], None]
 
 
@@ -36,6 +37,8 @@ class Contents:
         self.state = sha256()
         self._write_model = write_model
         self._open: list[int] = []
+        self._code: dict[int, tuple[int, object]] = {}
+        self._reads = Reads()
 
     def put(self, *words: str | bytes) -> None:
         """Write words."""
@@ -86,6 +89,7 @@ class Contents:
 
     def _write_object(self, value: object) -> None:
         self.put("object", _name(type(value)))
+        self._write_class(type(value))
         if isinstance(value, Enum):
             self.put(value.name)
         elif is_dataclass(value):
@@ -93,15 +97,26 @@ class Contents:
         elif isinstance(value, torch.Generator):
             self.write(value.get_state())
         elif isinstance(value, DataLoader):
-            sampler = _name(type(value.sampler))
-            self._write_items("loader", [value.dataset, value.batch_size, value.drop_last, sampler])
+            self._write_loader(value)
         elif isinstance(value, TensorDataset):
             self.write(value.tensors)
         elif isinstance(value, Subset):
             self._write_items("subset", [value.dataset, list(value.indices)])
-        elif isinstance(value, Sized):
-            with suppress(TypeError):  # a loader of a stream has a `__len__` that raises
-                self.put("length", str(len(value)))
+        else:
+            if isinstance(value, Sized):
+                with suppress(Exception):  # a loader of a stream has a `__len__` that raises
+                    self.put("length", str(len(value)))
+            self._write_mapping(self._reads.state_of(value))
+
+    def _write_loader(self, loader: DataLoader[Any]) -> None:
+        """Write a loader. Its generator counts by its seed, since its state is another one after each epoch."""
+        batched = loader.batch_size is None and loader.batch_sampler is not None  # by a sampler of the user's own
+        sampler = loader.batch_sampler if batched else loader.sampler
+        held = getattr(sampler, "__dict__", {})
+        how = {name: part for name, part in held.items() if isinstance(part, _SETTINGS) and name != "epoch"}
+        seed = loader.generator.initial_seed() if isinstance(loader.generator, torch.Generator) else None
+        given = [loader.dataset, loader.batch_size, loader.drop_last, _name(type(sampler)), how, loader.collate_fn]
+        self._write_items("loader", [*given, seed])
 
     # -- functions ---------------------------------------------------------------------------------------------------
 
@@ -120,11 +135,34 @@ class Contents:
             self._write_state(value)
         else:
             self.put("name", _name(value if hasattr(value, "__qualname__") else type(value)))
+            if isinstance(value, type):
+                self._write_class(value)
+
+    def _write_class(self, kind: type) -> None:
+        """Write the methods and constants of a class of the user's own."""
+        if is_own(kind.__module__) and not self._is_written(kind):
+            for name, member in members(kind):
+                self.put(name)
+                self.write(member)
+
+    def _is_written(self, code: object) -> bool:
+        """Whether a function or class was written before, which then counts by its number; else it has one now."""
+        if id(code) in self._code:
+            self.put("again", str(self._code[id(code)][0]))
+            return True
+        self._code[id(code)] = (len(self._code), code)
+        return False
 
     def _write_function(self, function: FunctionType) -> None:
         self.put("function", _name(function))
-        if str(function.__module__).partition(".")[0] not in _KNOWN:  # generated functions have no module
+        if self._is_written(function):
+            return
+        if str(function.__module__).partition(".")[0] not in KNOWN:  # generated functions have no module
             self._write_code(function.__code__)
+        if is_own(function.__module__):
+            for name, read in self._reads.globals_of(function).items():
+                self.put(name)
+                self.write(read)
         self.write((function.__defaults__, function.__kwdefaults__))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             self.put(name)
@@ -144,7 +182,8 @@ class Contents:
                 self.write(constant)
 
     def _write_state(self, value: Any) -> None:
-        """Write the attributes of the object to which a method is bound."""
+        """Write the class and the attributes of the object to which a method is bound."""
+        self._write_class(type(value))
         if isinstance(value, nn.Module):
             self.write(value)
         elif is_dataclass(value):

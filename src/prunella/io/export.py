@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
@@ -140,10 +141,8 @@ _Made = tuple[bool, str, list[Tensor], Mapping[str, Tensor]]
 
 def _pt2(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
     program, dynamic = capture(model, examples[0], sizes=len(examples) > 1)
-    # An example would be stored as a pickle, and stack traces would reveal the folders of this machine.
-    program._example_inputs = None
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
+    program._example_inputs = None  # it would be stored as a pickle
+    _remove_traces(program)
     with file.open("wb") as stream:
         deferring: Any = ErrorDeferringStream(stream)
         torch.export.save(program, deferring)
@@ -151,6 +150,13 @@ def _pt2(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
     again = load_exported(file)[0]
     outputs = [output for example in examples for output in outputs_of(again, example)]
     return dynamic, "torch.export.load", outputs, dict(again.state_dict())
+
+
+def _remove_traces(program: torch.export.ExportedProgram) -> None:
+    """Remove the stack traces of all nodes, also of branches and loops: they name the folders of this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 def _onnx(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
@@ -163,6 +169,7 @@ def _onnx(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
         raise NotSupported(
             "the onnx export is one file", f"{byte_size(needed)} are more than such a file holds", "use pt2"
         )
+    _remove_traces(program)
     try:
         translated: Any = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:  # the exporter has no one error type

@@ -27,7 +27,16 @@ from prunella.errors import (
     system_error,
 )
 from prunella.io.lock import lock_file, locked
-from prunella.io.temporary import check_name, clean_up, discard, name_aside, temporary_file, temporary_folder
+from prunella.io.temporary import (
+    check_name,
+    clean_up,
+    discard,
+    followed,
+    name_aside,
+    remove_folder,
+    temporary_file,
+    temporary_folder,
+)
 
 MARKER = "manifest.json"
 """The file that marks a folder as an artifact; it is written last, so a folder without it is incomplete."""
@@ -147,14 +156,13 @@ def write_atomic(
     """Write a file so that readers see the old one or the complete new one.
 
     `content` is the bytes, or a function that writes the given file. size: its number of bytes, if known. A new file
-    gets its mode from the umask, and an existing one keeps its mode. Temporary files of killed processes in the folder
-    are removed. Errors: RequestError if `path` is a folder or its folder is not writable; OutOfResources if the disk is
-    full; those of `content`. A failure leaves an existing file unchanged.
+    gets its mode from the umask, and an existing one keeps its mode; a link stays, and its target is written. Temporary
+    files of killed processes in the folder are removed. Errors: RequestError if `path` is a folder, a pipe or a device,
+    or its folder is not writable; OutOfResources if the disk is full; those of `content`. A failure leaves an existing
+    file unchanged.
     """
-    final = Path(path)
-    check_name(final)
-    if final.is_dir():
-        raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
+    final = followed(path)
+    check_file_name(final)
     needed = len(content) if isinstance(content, bytes) else size
     with writing(final, needed=needed):
         clean_up(final.parent)
@@ -174,6 +182,16 @@ def write_atomic(
     return final
 
 
+def check_file_name(final: Path) -> None:
+    """Errors: RequestError where no file can have that name: too long, or of a folder, a pipe or a device."""
+    check_name(final)
+    if final.is_dir():
+        raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
+    if final.exists() and not final.is_file():
+        why = "it is a pipe or a device, which a file would replace"
+        raise RequestError(f"cannot write {final}", why, "choose another file name")
+
+
 def copy_file(source: Path, path: Path) -> Path:
     """Copy the contents of a file, as `write_atomic` writes."""
     return write_atomic(path, lambda temporary: shutil.copyfile(source, temporary), size=source.stat().st_size)
@@ -186,7 +204,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     Errors: before the block runs, RequestError if `path` is not empty or cannot be created, Locked while another run
     writes it; OutOfResources if the disk is full.
     """
-    final = Path(path)
+    final = followed(path)
     clean_up_after_kill(final)
     check_free(final, overwrite=overwrite)
     make_folder(final.parent)
@@ -203,6 +221,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 def clean_up_after_kill(final: Path) -> None:
     """Release the lock of a killed writer of `final`, and remove its temporary folder."""
+    final = followed(final)
     if lock_file(final).exists():
         with suppress(PruningError), locked(final):
             clean_up(final.parent, of=final)
@@ -258,7 +277,7 @@ def _replace_folder(temporary: Path, final: Path) -> None:
     """Replace the old folder; after a kill either folder is there, or the old one aside, which `clean_up` restores."""
     if _exchange(temporary, final):
         flush(final.parent)  # the new folder is durable before the old one is removed
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary, of=final)
         return
     aside = name_aside(final)
     final.replace(aside)
@@ -268,7 +287,7 @@ def _replace_folder(temporary: Path, final: Path) -> None:
         aside.rename(final)
         raise
     flush(final.parent)
-    discard(aside)
+    remove_folder(aside, of=final)
 
 
 def _exchange(one: Path, other: Path) -> bool:

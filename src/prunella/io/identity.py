@@ -4,10 +4,12 @@ An `Identity` stores the parts next to the joint digest, so that a refusal names
 
 - tensors and arrays: type, shape and every byte, read in chunks; models: `model_parts`;
 - plain data, lists, mappings, sets, dataclasses: their contents; a mapping with text keys in the order of its keys;
-- functions: qualified name, compiled code, defaults, closure and the arguments bound to them. Functions that they call
-  are not followed, and those of prunella and torch are known by their names, since the versions are parts too;
-- a `DataLoader`: its dataset, batch size and sampler; a `TensorDataset`: its tensors;
-- any other object (a dataset of the user's own, a generator): a handle, which is its class and its length.
+- functions: qualified name, compiled code, defaults, closure, the arguments bound to them, and for functions of the
+  user's own the globals that they read, so that the functions that they call are parts too. Those of prunella and torch
+  are known by their names, since the versions are parts too;
+- a `DataLoader`: its dataset, batch size, sampler, `collate_fn` and seed; a `TensorDataset`: its tensors;
+- an object of the user's own: its class with the code of all methods, and the attributes that they do not change;
+- any other object (a generator): a handle, which is its class and its length.
 """
 
 from __future__ import annotations

@@ -104,6 +104,14 @@ def kind_of(place: Path) -> FileKind:
     return known or _tensors_or_pickle(head) or _text(head) or _other(head)
 
 
+def is_plan(place: Path) -> bool:
+    """Whether a file begins as a plan does, or is empty."""
+    try:
+        return kind_of(place) in (_PLAN, _EMPTY)
+    except OSError:
+        return False
+
+
 def refuse_other_kind(file: Path, *formats: str, what: str, give: str) -> None:
     """Errors: BadInput if a file is clearly of another kind than the formats. A reader calls it after a failure.
 

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from prunella.errors import Locked, RequestError, system_error
-from prunella.io.temporary import check_name
+from prunella.io.temporary import check_name, followed
 from prunella.measure.clock import timestamp
 
 if sys.platform == "win32":
@@ -66,8 +66,11 @@ _guard = threading.Lock()
 
 
 def lock_file(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a folder or a file: hidden, next to it. Errors: RequestError for a name that is too long."""
-    whole = Path(path).absolute()
+    """The lock file of a folder or a file, the same by any link: hidden, next to it.
+
+    Errors: RequestError for a name that is too long.
+    """
+    whole = followed(path).absolute()
     check_name(whole)
     return whole.parent / f".{whole.name}.lock"
 
@@ -99,13 +102,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take(file: Path) -> _Held:
     """Open and lock the file, and write the holder to it."""
+    me = Holder(os.getpid(), socket.gethostname(), timestamp())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(file)
-        me = Holder(os.getpid(), socket.gethostname(), timestamp())
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, me.text().encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, me.text().encode())
+        except BaseException:
+            _release(file, handle)
+            raise
     except OSError as error:
         todo = "check the folder and its permissions"
         raise system_error(error, f"cannot write {_locked_path(file)}", todo, kind=RequestError) from error

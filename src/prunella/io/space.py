@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from prunella.errors import OutOfResources, RequestError
-from prunella.io.files import check_free, writing
-from prunella.io.temporary import check_name, clean_up, discard, temporary_file
+from prunella.io.files import check_file_name, check_free, writing
+from prunella.io.temporary import check_name, clean_up, discard, followed, temporary_file
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -24,12 +24,13 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
 
 
 def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file."""
-    final = Path(path)
-    check_name(final)
-    if final.is_dir():
-        raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
-    check_apart(final, *sources)
+    """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file.
+
+    A source `module:name` is the file of its code.
+    """
+    final = followed(path)
+    check_file_name(final)
+    check_apart(final, *sources, *map(_code_of, sources))
     with writing(final):
         clean_up(final.parent)
         discard(temporary_file(final))
@@ -52,7 +53,7 @@ def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Errors: RequestError unless a file can be created at `path`, in its nearest existing folder."""
-    final = Path(path).absolute()
+    final = followed(path).absolute()
     check_name(final)
     standing = _standing(final.parent)
     with writing(path):
@@ -76,6 +77,16 @@ def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str]
             if relation := _relation(os.fspath(output), place):
                 why = f"it {relation} {place}, which is read"
                 raise RequestError(f"cannot write {os.fspath(output)}", why, "choose another output")
+
+
+def _code_of(source: str | os.PathLike[str] | None) -> Path | None:
+    """The file of `package.module:name` or `path/to/file.py:name`, if it lies below the current folder."""
+    module, mark, _ = os.fspath(source or "").rpartition(":")
+    if not mark:
+        return None
+    whole = Path(module.replace(".", "/"))
+    places = (Path(module), whole.with_suffix(".py"), whole / "__init__.py") if module else ()
+    return next((place for place in places if place.is_file()), None)
 
 
 def _links_of(source: str) -> list[str]:

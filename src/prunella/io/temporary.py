@@ -41,6 +41,11 @@ def check_name(path: str | os.PathLike[str]) -> None:
         raise RequestError(f"cannot write {name[:40]}...", f"its name has {size} bytes, which is too long", todo)
 
 
+def followed(path: str | os.PathLike[str]) -> Path:
+    """The path, or for a link where it leads, so that its target is written and locked, and the link stays."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
 def temporary_file(final: Path) -> Path:
     """A new, empty file next to `final`, with its mode from the umask."""
     path = _new_name(final, "part")
@@ -67,6 +72,18 @@ def discard(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
     _ours.discard(path.name)
+
+
+def remove_folder(folder: Path, *, of: Path) -> None:
+    """Remove a folder that has a name of its own, after it has lost that name: a kill leaves no half of it there.
+
+    of: the locked path whose next writer removes what a kill has left.
+    """
+    nameless = _new_name(of, "part")
+    with suppress(OSError):  # it is removed all the same
+        folder.rename(nameless)
+    discard(folder)
+    discard(nameless)
 
 
 def clean_up(folder: Path, *, of: Path | None = None) -> None:

@@ -15,6 +15,7 @@ from prunella.errors import RequestError
 from prunella.io.identity import digest_of
 from prunella.llm.own_text import OnWindows, OwnText, argument_of_tokens, own_text
 from prunella.llm.text import text_samples
+from prunella.measure.text import file_name
 from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
@@ -108,7 +109,8 @@ class Calibration:
             order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(self.seed)).tolist()
             mixed = [mixed[k] for k in order]
         sources = tuple(
-            TextSource(name, self.shares[name], len(some), digest_of(torch.cat(some))) for name, some in rows.items()
+            TextSource(file_name(name), self.shares[name], len(some), digest_of(torch.cat(some)))
+            for name, some in rows.items()
         )
         return Drawn([_batch(inputs, row) for row in mixed], sources, own)
 
@@ -121,7 +123,9 @@ class Calibration:
 
     def __str__(self) -> str:
         parts = self.windows.items()
-        named = ", ".join(f"{count} {'by the model itself' if name == AUTO else f'of {name}'}" for name, count in parts)
+        named = ", ".join(
+            f"{count} {'by the model itself' if name == AUTO else f'of {file_name(name)}'}" for name, count in parts
+        )
         return f"windows of {self.seqlen} tokens: {named} (seed {self.seed})"
 
 

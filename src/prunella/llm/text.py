@@ -12,6 +12,7 @@ from torch import Tensor
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import reading
 from prunella.io.load import import_transformers
+from prunella.io.untrusted import check_regular
 
 
 def text_samples(
@@ -52,7 +53,7 @@ def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
     """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_samples`."""
     try:
         with reading(text, f"cannot read {text}"):
-            content = Path(text).read_text(encoding="utf-8")
+            content = check_regular(Path(text), f"cannot read {text}").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"cannot read {text}", str(error), "give a UTF-8 text file") from error
     tokens: Tensor = tokenizer_of(folder)(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from prunella.errors import printable
 
@@ -64,6 +65,12 @@ def without_folders(text: str) -> str:
     Folders name people and machines.
     """
     return _PATH.sub("", text)
+
+
+def file_name(path: str) -> str:
+    """The path for a record that is passed on: of an absolute path only the last name, spaces in folders or not."""
+    place = Path(path).expanduser()
+    return place.name if place.is_absolute() else without_folders(path)
 
 
 def significant(value: float, digits: int = 4) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.io.identity import Identity, identify, model_parts
+from prunella.io.lock import locked
 from prunella.model.batches import data_errors, trainable
 from prunella.model.rng import seeded
 from prunella.model.state import mode, outside_inference, restored_on_error
@@ -97,7 +99,8 @@ def finetune(
     data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule, clipping and seed;
     the caller's random state does not change. on_step: called after each step with its number, loss and learning rate.
 
-    Errors: CheckFailed if loss or gradient is not finite: the model then has the last weights with a finite loss. After
+    Errors: Locked while another training writes the checkpoint; CheckFailed if loss or gradient is not finite: the
+    model then has the last weights with a finite loss. After
     any other error, of the loss, the data or an interrupt, the model is as before.
 
     Example:
@@ -112,7 +115,8 @@ def finetune(
     Use: data with labels. Avoid: a handful of samples: the model overfits; `reconstruct` needs fewer.
     """
     guard = restored_on_error(model, but=(CheckFailed,))
-    with guard, outside_inference(), torch.enable_grad():  # also if the caller has disabled gradients
+    alone = locked(training.checkpoint) if training.checkpoint else nullcontext()
+    with alone, guard, outside_inference(), torch.enable_grad():  # also if the caller has disabled gradients
         return _trained(model, data, loss, steps, lr, training, on_step)
 
 

@@ -35,6 +35,7 @@ from prunella.io.files import MARKER, new_folder
 from prunella.io.json import Fields, Value
 from prunella.io.manifest import read_manifest, write_manifest
 from prunella.io.origin import Factory
+from prunella.io.space import check_apart
 from prunella.io.state import State, read_tensors, write_tensors
 from prunella.model.copying import frozen_copy
 from prunella.model.unwrap import unwrap
@@ -72,6 +73,7 @@ def save_sparse(
     plan, factory, kwargs, source, overwrite: as in `prunella.save`. A traced model needs its factory, since the trace
     does not say how the model was built. Errors: RequestError as `prunella.save`, and for a model without a record.
     """
+    check_apart(path, source)
     bare = unwrap(model)
     record = sparsified(bare)
     if isinstance(bare, GraphModule) and factory is None:

@@ -319,3 +319,21 @@ def test_nan_in_the_source_is_never_written(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises((BadInput, RequestError), match=r"NaN|nan"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+
+
+def test_a_configuration_that_transformers_refuses_and_a_pipe_in_the_source(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "more.json")  # it is no part of the model, and is never waited for
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+    assert not (tmp_path / "out" / "more.json").exists()
+    file = tmp_path / "in" / "config.json"
+    file.write_text(file.read_text().replace('"llama"', '"ll\\u001b[31mama"'))
+    with pytest.raises(BadInput, match="failed"):
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "other", WANDA, data=data())
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match=r"cannot write .*out"):
+        pr.llm.solve_folder(tmp_path / "no model", tmp_path / "file" / "out", WANDA, data=data())

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from prunella.io.files import clean_up_after_kill
-from prunella.io.space import check_apart, check_space
+from prunella.io.space import check_apart, check_space, check_writable
+from prunella.io.temporary import followed
 from prunella.llm.blockwise import Solving
 from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calibration, split
 from prunella.llm.distributed import process_group
@@ -117,11 +118,13 @@ def solve_and_close(
     close: Close | None,
 ) -> Streamed:
     """`solve_folder`. close: judges the result before it is complete, and adds to its card and record."""
-    start, folder, group = now(), Path(output), process_group()
+    start, folder, group = now(), followed(output), process_group()
     if group.is_main:
         clean_up_after_kill(folder)
     check_output(folder, overwrite=overwrite)
     check_apart(folder, source)
+    if group.is_main:
+        check_writable(folder)
     parts = split(data)
     calibration, drawn = as_calibration(parts.data), None
     if calibration is not None:

@@ -19,7 +19,7 @@ from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
 from prunella.io.record import read_record
-from prunella.io.temporary import clean_up
+from prunella.io.temporary import clean_up, remove_folder
 from prunella.io.tensor_file import open_tensors
 from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
@@ -140,7 +140,7 @@ def _remove_rests(output: Path, beside: Path) -> None:
             raise RequestError(
                 f"{beside} is in the way", "prunella did not write it", "move it, or choose another output"
             )
-        shutil.rmtree(beside)
+        remove_folder(beside, of=output)
 
 
 def identity_of(
@@ -148,7 +148,7 @@ def identity_of(
 ) -> Identity:
     """Everything that determines the result: every byte of the model's files, batches, recipe and versions."""
     files = {kind: sorted(source.glob(f"*.{kind}")) for kind in ("safetensors", "json")}
-    digests = {kind: {file.name: digest(file) for file in some} for kind, some in files.items()}
+    digests = {kind: {file.name: digest(file) for file in some if file.is_file()} for kind, some in files.items()}
     others = {"held-out data": list(held_out)} if held_out else {}
     return identify(
         {

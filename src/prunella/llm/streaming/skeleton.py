@@ -145,7 +145,8 @@ class Skeleton:
 
 def _built(folder: Path) -> nn.Module:
     kind, transformers = class_of(folder), import_transformers()
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    given = {"local_files_only": True, "trust_remote_code": False}
+    config = call_user(transformers.AutoConfig.from_pretrained, str(folder), str(folder), **given)
     if getattr(config, "quantization_config", None):
         raise NotSupported(
             f"the weights in {folder} are quantized", "a block is solved in floating point", "dequantize them"
