@@ -52,7 +52,8 @@ last is undone, since the distance has grown."""
 POLYAK, PROBED = 0.2, 2
 """The learning rate as a share of Polyak's step `loss / |gradient|^2`, and the number of batches that tell it: deep
 networks have larger gradients. ResNet-20 at half of its multiply-adds: .092, where .02 was best; at 65 %: .097 (.007,
-see `NEAR`); ResNet-56 at half: .044, where .0025 and .005 bring the outputs nearer and .01 does not; with seed 10."""
+see `NEAR`); ResNet-56 at half: .044, where .0044 and .012 bring the outputs nearer halfway (`_Best.look_between`), .012
+not at the end; with seed 10."""
 APART = 0.1
 """Least fraction of the way between two states that are both looked at."""
 SAME = 1e-3
