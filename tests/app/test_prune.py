@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -499,9 +499,10 @@ def test_the_learning_rate_is_a_share_of_the_step_that_the_gradients_allow(curva
 def test_a_state_between_the_first_and_the_last_is_kept_if_it_is_best(overshoot: float) -> None:
     """A training that goes `overshoot` times as far as the dense weights."""
     torch.manual_seed(0)
-    model, data = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval(), [torch.randn(64, 8) for _ in range(4)]
+    model: Any = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+    data, plan = [torch.randn(64, 8) for _ in range(4)], cast(Any, None)
     small = copy.deepcopy(model)
-    pair = Pair(model, small, SimpleNamespace(), split(model, data, None), lambda net, batch: net(batch), 0)  # type: ignore[arg-type]
+    pair = Pair(model, small, plan, split(model, data, None), lambda net, batch: net(batch), 0)
     weight, dense = small[0].weight, model[0].weight.detach()
     timer = StageTimer()
     with torch.no_grad():
@@ -509,7 +510,7 @@ def test_a_state_between_the_first_and_the_last_is_kept_if_it_is_best(overshoot:
         start = pair.distance()
         with timer.stage("distill") as stage, _kept(pair, stage, between=True):
             weight += overshoot * (dense - weight)
-            small[1].num_batches_tracked += 7  # type: ignore[operator]
+            small[1].num_batches_tracked += 7
     assert torch.allclose(weight, dense, atol=0.01) and (pair.distance() < 0.02 * start)
     assert small[1].num_batches_tracked == 7 and timer.history[0].after == pytest.approx(pair.distance())
     assert "the best state on held-out data is kept, not the last" in timer.history[0].note
