@@ -6,7 +6,8 @@ Each cell (network, share of the MACs, seed, method) is one file in benchmarks/r
 where it was stopped; `--table` writes benchmarks/results/compare.md and docs/benchmarks.md from the cells that are
 there. The referee of MACs is torch's own counter. Seconds are CPU seconds of one thread. Both networks get the same
 distillation (`T^2 KL`, T = 2, Nesterov SGD, no labels) and channels_last; in equal seconds the peer gets as many steps
-as fit into the seconds that prunella took in all. The seeds draw the batches.
+as fit into the seconds that prunella took in all, and beside what prunella has before its distillation as many as fit
+into the seconds until then. The seeds draw the batches.
 """
 
 from __future__ import annotations
@@ -145,6 +146,12 @@ def cut_of_peer(case: Case) -> Cell:
     }  # fmt: skip
 
 
+def _step_of_peer(case: Case) -> float:
+    """Seconds of one step: the least over the seeds, since work beside a run makes it slower."""
+    cells = [_read(path) for path in sorted(CELLS.glob(f"{case.key}-{case.share:g}-peer-steps-*.json"))]
+    return float(min(cell["distilling"] / cell["steps"] for cell in cells))
+
+
 def _peer_file(case: Case) -> Path:
     WEIGHTS.mkdir(parents=True, exist_ok=True)
     return WEIGHTS / f"{case.key}-{case.share:g}-peer.pt"
@@ -209,10 +216,13 @@ def run(case: Case) -> None:
         shared.path("peer").unlink(missing_ok=True)
     cut = once(shared.path("peer"), lambda: cut_of_peer(case))
     equal = once(case.path("peer-steps"), lambda: distilled_peer(case, case.subject.steps, cut))
-    each = equal["distilling"] / equal["steps"]
+    each = _step_of_peer(case)
     steps = max(case.subject.steps, int((mine["seconds"] - cut["seconds"]) / each))
     longer = once(case.path("peer-seconds"), lambda: distilled_peer(case, steps, cut))
-    print(say, PEER, _short(cut["cut"]), _short(equal["recovered"]), _short(longer["recovered"]), steps, flush=True)
+    few = max(1, math.ceil((mine["seconds to prune"] - cut["seconds"]) / each))
+    shorter = once(case.path("peer-prune"), lambda: distilled_peer(case, few, cut))
+    results = (cut["cut"], equal["recovered"], longer["recovered"], shorter["recovered"])
+    print(say, PEER, *map(_short, results), f"in 0, {case.subject.steps}, {steps} and {few} steps", flush=True)
 
 
 def _short(result: Any) -> str:
@@ -228,8 +238,9 @@ def table(cases: Sequence[Case]) -> str:
     """One row for each network and share with a cell."""
     lines = [
         "| network, share of the MACs | seeds | dense | label-free | distilled | peer, equal steps "
-        "| peer, equal seconds | minus peer, steps | minus peer, seconds | CPU s to prune / in all |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| peer, equal seconds | minus peer, steps | minus peer, seconds | label-free minus peer, seconds "
+        "| CPU s to prune / in all |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     keys = dict.fromkeys((case.key, case.share) for case in cases)
     for key, share in keys:
@@ -242,15 +253,15 @@ def table(cases: Sequence[Case]) -> str:
 def _row(cases: Sequence[Case]) -> str:
     case, cells = cases[0], [_read(case.path("prunella")) for case in cases]
     dense = _read(CELLS / f"{case.key}-dense.json")
-    peers = {
-        way: [_read(c.path(way)) for c in cases if c.path(way).is_file()] for way in ("peer-steps", "peer-seconds")
-    }
+    ways = ("peer-steps", "peer-seconds", "peer-prune")
+    peers = {way: [_read(c.path(way)) for c in cases if c.path(way).is_file()] for way in ways}
     entries = [
         f"{case.subject.name}, {case.share:.0%} ({mean(c['share of MACs'] for c in cells):.1%})",
         str(len(cases)), _short(dense),
         _values([cell["label-free"] for cell in cells]), _values([c["recovered"] for c in cells if "recovered" in c]),
-        *(_values([cell["recovered"] for cell in peers[way]]) for way in peers),
-        *(_difference(cells, peers[way]) for way in peers),
+        *(_values([cell["recovered"] for cell in peers[way]]) for way in ways[:2]),
+        *(_difference(cells, peers[way], "recovered") for way in ways[:2]),
+        _difference(cells, peers["peer-prune"], "label-free"),
         " / ".join(f"{mean(cell[name] for cell in cells):.0f}" for name in ("seconds to prune", "seconds")),
     ]  # fmt: skip
     return f"| {' | '.join(entries)} |"
@@ -264,11 +275,11 @@ def _values(results: Sequence[Any]) -> str:
     return " / ".join(spread(values) if len(values) > 1 else f"{values[0]:.2f}" for values in columns)
 
 
-def _difference(cells: Sequence[Cell], peers: Sequence[Cell]) -> str:
+def _difference(cells: Sequence[Cell], peers: Sequence[Cell], name: str) -> str:
     """Mean over seeds, with a 95 % interval: of the images (paired, averaged over seeds) and of the seeds together."""
     if len(peers) < len(cells) or not peers:
         return ""
-    pairs = [(_flags(a["recovered"]), _flags(b["recovered"])) for a, b in zip(cells, peers, strict=True)]
+    pairs = [(_flags(a[name]), _flags(b["recovered"])) for a, b in zip(cells, peers, strict=True)]
     each = [100 * float((a - b).mean()) for a, b in pairs]
     by_image = torch.stack([a - b for a, b in pairs]).mean(0)
     error = 100 * float(by_image.std()) / math.sqrt(len(by_image))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from prunella.app.prune import asked_of
 from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
 from prunella.app.prune_plan import REFITTED, _by_norm, _Measured, planned
-from prunella.app.prune_recover import Pair, _polyak
+from prunella.app.prune_recover import Pair, _kept, _polyak, vertex
 from prunella.app.prune_stages import Progress, StageTimer, seconds_of
 from prunella.errors import BadInput, NotSupported, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
@@ -29,7 +29,7 @@ from prunella.io.journal import Records
 from prunella.measure.clock import fake_clock
 from prunella.metrics import Timing
 from prunella.model.forward import judged
-from prunella.search.measured import cosine_distance, distance_of
+from prunella.search.measured import cosine_distance, curves, distance_of, divergence
 from tests.zoo import convolutional as conv
 from tests.zoo import odd
 from tests.zoo.test_zoo import CASES
@@ -493,3 +493,46 @@ def test_the_learning_rate_is_a_share_of_the_step_that_the_gradients_allow(curva
     assert _polyak(asked, loss) == pytest.approx(1 / (2 * curvature), rel=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("overshoot", [2.0, 4.0])
+def test_a_state_between_the_first_and_the_last_is_kept_if_it_is_best(overshoot: float) -> None:
+    """A training that goes `overshoot` times as far as the dense weights."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4)).eval()
+    data, plan = [torch.randn(64, 8) for _ in range(4)], cast(Any, None)
+    small = copy.deepcopy(model)
+    pair = Pair(model, small, plan, split(model, data, None), lambda net, batch: net(batch), 0)
+    weight, dense = small[0].weight, model[0].weight.detach()
+    timer = StageTimer()
+    with torch.no_grad():
+        weight += 0.3 * torch.randn(4, 8)
+        start = pair.distance()
+        with timer.stage("distill") as stage, _kept(pair, stage, between=True):
+            weight += overshoot * (dense - weight)
+            small[1].num_batches_tracked += 7
+    assert torch.allclose(weight, dense, atol=0.01) and (pair.distance() < 0.02 * start)
+    assert small[1].num_batches_tracked == 7 and timer.history[0].after == pytest.approx(pair.distance())
+    assert "the best state on held-out data is kept, not the last" in timer.history[0].note
+
+
+def test_the_vertex_of_a_parabola() -> None:
+    for where in (0.2, 0.5, 0.9):
+        assert vertex(*((a - where) ** 2 + 3 for a in (0.0, 0.5, 1.0))) == pytest.approx(where)
+    assert vertex(3.0, 2.0, 1.0) is None and vertex(1.0, 2.0, 1.0) is None and vertex(3.0, 1.0, 0.9) is not None
+    assert vertex(1.0, 1.3, 2.0) is None  # least before the first state
+
+
+def test_losses_of_logits_are_measured_at_a_temperature_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances: list[Any] = []
+
+    def note(*args: Any, distance: Any, **rest: Any) -> Any:
+        distances.append(distance)
+        return curves(*args, distance=distance, **rest)
+
+    monkeypatch.setattr("prunella.app.prune_plan.curves", note)
+    data = [torch.randn(32, 24) for _ in range(4)]
+    for model in (Chain().eval(), nn.Sequential(Chain(), nn.Unflatten(1, (5, 1))).eval()):
+        pr.prune(model, data[0], target=pr.MACs(0.5), data=data, recover="none")
+    x, y = torch.randn(2, 4, 5)
+    assert distances[0](x, y) == divergence(x, y, 2.0) and distances[1] is None

@@ -109,6 +109,15 @@ def test_distances_are_zero_for_equal_outputs() -> None:
     assert divergence(x, y) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_divergence_at_a_temperature_is_the_loss_of_the_distillation() -> None:
+    x, y = torch.randn(2, 4, 7)
+    dense, pruned = nn.Linear(7, 7), nn.Linear(7, 7)
+    with torch.no_grad():
+        expected = pr.recovery.distill_logits(dense, temperature=2.0)(pruned, x)
+        assert divergence(dense(x), pruned(x), 2.0) == pytest.approx(float(expected), rel=1e-5)
+    assert divergence(x, y, 1.0) == divergence(x, y) != pytest.approx(divergence(x, y, 2.0), rel=0.01)
+
+
 @pytest.mark.parametrize("wrong", [{"levels": (0.5, 1.0)}, {"levels": ()}, {"ridge": 0.0}])
 def test_wrong_requests(wrong: dict[str, Any]) -> None:
     _, _, judge, space = _setting()

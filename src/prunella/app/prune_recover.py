@@ -34,9 +34,9 @@ from prunella.recovery.reconstruct import LayerFit, reconstruct
 from prunella.search.measured import distance_of, divergence, name_of
 from prunella.types import Loss
 
-STEPS, LOOKS, TRAINED_NORMS = 60, 4, 64
+STEPS, LOOKS, TRAINED_NORMS = 60, 2, 64
 """Most distillation steps; evaluations on held-out batches; batch size from which norms use batch statistics."""
-FITTED, ABSORBED, JUDGED = 1024, 512, 256
+FITTED, ABSORBED, JUDGED = 1024, 256, 256
 """Samples for least squares, for the statistics of norms, and for the distance. ResNet-20 at half of its multiply-adds,
 before distillation, two seeds, with 1,024 / 2,048 samples: 80.4 / 80.9 and 81.8 / 81.9 % in 17 / 25 CPU seconds; with
 7,680 of them 81.0 % in 81."""
@@ -49,10 +49,13 @@ NEAR = 0.2
 """A divergence of logits below which the learning rate falls, as `LR (d / NEAR)^1.5`. ResNet-20 at 65 % of its
 multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.6 / 86.1 / 85.6 % after 85.6 %, and the
 last is undone, since the distance has grown."""
-POLYAK, PROBED = 0.2, 3
+POLYAK, PROBED = 0.2, 2
 """The learning rate as a share of Polyak's step `loss / |gradient|^2`, and the number of batches that tell it: deep
 networks have larger gradients. ResNet-20 at half of its multiply-adds: .092, where .02 was best; at 65 %: .097 (.007,
-see `NEAR`); ResNet-56 at half: .044, where .0025 and .005 bring the outputs nearer and .01 does not; with seed 10."""
+see `NEAR`); ResNet-56 at half: .044, where .0044 and .012 bring the outputs nearer halfway (`_Best.look_between`), .012
+not at the end; with seed 10."""
+APART = 0.1
+"""Least fraction of the way between two states that are both looked at."""
 SAME = 1e-3
 """Relative change of a distance by rounding alone."""
 
@@ -194,7 +197,7 @@ def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> d
     if not steps:
         timer.skip("distill", why)
         return {}
-    with timer.stage("distill") as stage, _kept(pair, stage, file=stages.best(2)) as kept:
+    with timer.stage("distill") as stage, _kept(pair, stage, file=stages.best(2), between=True) as kept:
 
         def look(step: int, loss: float, lr: float) -> None:
             stage.tick(step + 1, steps)
@@ -206,7 +209,7 @@ def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> d
         )
         loss = _imitation(pair)
         try:
-            rate = _rate(pair, how, loss)
+            rate = _rate(pair, how, loss, kept.start)
             stage.note(f"learning rate {rate:.2g}")
             finetune(pair.small, list(pair.data.fit), loss, steps=steps, lr=rate, training=training, on_step=look)
         finally:
@@ -214,11 +217,11 @@ def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> d
     return {}
 
 
-def _rate(pair: Pair, how: Recover, loss: Loss) -> float:
+def _rate(pair: Pair, how: Recover, loss: Loss, distance: float) -> float:
     """The learning rate: the given one, otherwise by the distance to the dense outputs and by the gradients."""
     if how.lr is not None:
         return how.lr
-    near = min(1.0, pair.distance() / NEAR) if distance_of(pair.expected[0]) is divergence else 1.0
+    near = min(1.0, distance / NEAR) if distance_of(pair.expected[0]) is divergence else 1.0
     return min(LR, POLYAK * _polyak(pair, loss)) * math.pow(near, 1.5)
 
 
@@ -284,15 +287,16 @@ def _cosine(progress: float) -> float:
 
 
 class _Best:
-    """The best state of a model so far. better: whether it is not the first one.
+    """The best state of a model so far. better: whether it is not the first one. start: the distance of the first one.
 
     file: stores the state, for a call that resumes after a kill.
     """
 
     def __init__(self, pair: Pair, start: float, file: Path | None) -> None:
         self._measure: Callable[[], float] = pair.distance
-        self._small, self._file = pair.small, file
-        self._state, self.distance, self.better = self._present(), start, False
+        self._small, self._file, self.start = pair.small, file, start
+        self._first = self._present()
+        self._state, self.distance, self.better = self._first, start, False
         if file is not None and file.is_file():
             kept = load_state(file)
             self._state, self.distance, self.better = kept["model"], kept["distance"], True
@@ -309,14 +313,48 @@ class _Best:
                 save_state({"model": self._state, "distance": distance}, self._file)
         return distance
 
+    def look_between(self, last: float) -> None:
+        """Look halfway back to the first state, and where the parabola through the three distances is least.
+
+        A short training moves the weights by a gain and by the noise of its batches. Halfway there is most of the gain
+        and a quarter of the noise, which counts in a model that was close to the dense one before. last: the distance
+        of the present state.
+        """
+        end = self._present()
+        self._move(0.5, end)
+        half = self.look()
+        where = vertex(self.start, half, last)
+        if where is not None and abs(where - 0.5) > APART:
+            self._move(where, end)
+            self.look()
+
+    def _move(self, fraction: float, to: dict[str, Tensor]) -> None:
+        """Load the state at a fraction of the way from the first state; counters and integers are those of its end."""
+        moved = {name: value for name, value in to.items() if not torch.equal(value, self._first[name])}
+        floats = {name: value for name, value in moved.items() if value.is_floating_point()}
+        between = {name: torch.lerp(self._first[name].to(value), value, fraction) for name, value in floats.items()}
+        put_tensors_(self._small, to | between)
+
     def restore(self) -> None:
         """Load the best state into the model."""
         put_tensors_(self._small, self._state)
 
 
+def vertex(first: float, half: float, last: float) -> float | None:
+    """Where between 0 and 1 the parabola through values at 0, 1/2 and 1 is least; None if that is at an end."""
+    curvature = 2 * (first - 2 * half + last)
+    where = 0.5 + (first - last) / (2 * curvature) if curvature > 0 else 0.0
+    return where if 0 < where < 1 else None
+
+
 @contextmanager
-def _kept(pair: Pair, stage: Running, slack: float = -SAME, *, file: Path | None = None) -> Iterator[_Best]:
-    """One stage: the model keeps its best state, possibly that before the stage. slack: tolerance for rounding."""
+def _kept(
+    pair: Pair, stage: Running, slack: float = -SAME, *, file: Path | None = None, between: bool = False
+) -> Iterator[_Best]:
+    """One stage: the model keeps its best state, possibly that before the stage. slack: tolerance for rounding.
+
+    between: whether states between the first and the last one count too.
+    """
     before = pair.present()
     best = _Best(pair, before, file)
     try:
@@ -329,6 +367,8 @@ def _kept(pair: Pair, stage: Running, slack: float = -SAME, *, file: Path | None
         stage.note(f"undone: train() of the model failed, {one_line(error)}")
     else:
         last = best.look(slack)
+        if between and math.isfinite(last + before):
+            best.look_between(last)
         if not best.better:
             gain = "it gains nothing" if last <= before * (1 + SAME) else f"the distance would be {last:.4g}"
             stage.note(f"undone: {gain}")

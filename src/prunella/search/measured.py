@@ -221,12 +221,16 @@ def name_of(distance: Distance) -> str:
     return "KL divergence in nats" if distance is divergence else "one minus the cosine"
 
 
-def divergence(dense: Any, pruned: Any) -> float:
-    """`mean KL(softmax dense || softmax pruned)` over all positions, in nats; outputs `(..., classes)` or `.logits`."""
+def divergence(dense: Any, pruned: Any, temperature: float = 1.0) -> float:
+    """`mean T^2 KL(softmax dense / T || softmax pruned / T)` over all positions, in nats for T = 1.
+
+    The outputs are `(..., classes)`, or have them as `.logits`.
+    """
     first, second = (
-        getattr(output, "logits", output).double().flatten(0, -2).log_softmax(-1) for output in (dense, pruned)
+        (getattr(output, "logits", output).double().flatten(0, -2) / temperature).log_softmax(-1)
+        for output in (dense, pruned)
     )
-    return float((first.exp() * (first - second)).sum(-1).mean())
+    return temperature**2 * float((first.exp() * (first - second)).sum(-1).mean())
 
 
 def cosine_distance(dense: Any, pruned: Any) -> float:
