@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Setting
 from prunella.graph.double import NoDownCast, as_double, precise, wide
+from prunella.graph.further_outputs import Same, as_cut, contains
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
@@ -50,6 +52,8 @@ class Verification:
     tolerance: float
     outputs: int
     dtype: str = "float64"
+    as_cut: bool = False
+    """Whether outputs lack removed positions or dropped blocks, where they may: see `verify`."""
 
     @property
     def exact(self) -> bool:
@@ -81,13 +85,15 @@ def verify(
     *,
     example: int = 0,
     setting: Setting = PLAIN,
+    further: bool = False,
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
+    further: the batch may give more outputs than the example: they may lack removed positions and dropped blocks.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
-    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
+    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting, further=further)
 
 
 class Oracle:
@@ -96,34 +102,56 @@ class Oracle:
     def __init__(self, dense: nn.Module, small: nn.Module, done: Changes) -> None:
         self.dense, self.small, self.done = dense, small, done
         self._keeps = sum(p.numel() * p.element_size() for p in dense.parameters()) <= _KEPT
-        self._copies: dict[tuple[str, bool], Steady] = {}
+        self._copies: dict[tuple[str, bool], _Copy] = {}
 
-    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN) -> Verification:
+    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN, further: bool = False) -> Verification:
         """See `verify`."""
         if any(p.device.type == "meta" for p in self.dense.parameters()):
             return self._same_shapes(inputs)
+        done = self.done.on(example)
         try:
-            return _compare(self, self.done.on(example), inputs, double=True, setting=setting)
+            return _compare(self, done, inputs, double=True, setting=setting, further=further)
         except _DenseFailed:
-            return _compare(self, self.done.on(example), inputs, double=False, setting=setting)
+            return _compare(self, done, inputs, double=False, setting=setting, further=further)
+
+    def adds(self, inputs: Any, example: Any) -> bool:
+        """Whether both models return on `inputs` what they return on the example, and more."""
+        batches = [known_only(as_double(batch), self.done.renumbered) for batch in (example, inputs)]
+        few, more = (_Pair(self, self.done.on(0), batch, True, PLAIN) for batch in batches)
+        try:
+            masked_model = few.of_masked("masked").outputs, more.of_masked("masked").outputs
+            pairs = [masked_model, (few.result().outputs, more.result().outputs)]
+        except NotSupported:
+            return False
+        return all(len(wide) > len(narrow) and contains(wide, narrow, _same) for narrow, wide in pairs)
 
     def _same_shapes(self, inputs: Any) -> Verification:
-        models = [Steady(model) for model in (self.dense, self.small)]
+        models = [_Copy(model) for model in (self.dense, self.small)]
         shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in models]
         if not shapes[0]:
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
 
-    def copy(self, kind: str, *, double: bool) -> Steady:
+    def copy(self, kind: str, *, double: bool) -> _Copy:
         """A copy to run: of the `small` model, of the `masked` one, or of one with zeros in its `readers` alone."""
         known = self._copies.get((kind, double))
         if known is not None:
             return known
         model = copied(self.small) if kind == "small" else masked(self.dense, self.done, consumers=kind == "readers")
-        steady = Steady(precise(model, double), parameters=False, values=self._keeps)
+        steady = _Copy(precise(model, double), parameters=False, values=self._keeps)
         if self._keeps:
             self._copies[kind, double] = steady
         return steady
+
+
+def oracle_of(model: nn.Module, graph: Graph, keep: Keep) -> Oracle | None:
+    """The oracle of a cut; None if nothing is cut."""
+    applied = changes(graph, keep)
+    if not applied:
+        return None
+    small = copied(model)
+    change_(small, applied)
+    return Oracle(model, small, applied)
 
 
 _KEPT = 1 << 19
@@ -210,32 +238,40 @@ class _Pair:
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
         return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
-    def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
-        """The results of the masked model at the kept positions, with dropped blocks bypassed."""
+    def of_masked(self, kind: str, *, still: bool = False, inner: bool = False) -> Observed:
+        """The results of the masked model at all positions, with dropped blocks bypassed."""
         model = self.oracle.copy(kind, double=self.double)
         with bypassed(model.model, self.done.dropped):
-            seen = _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+            return _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+
+    def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
+        """The same at the kept positions."""
+        seen = self.of_masked(kind, still=still, inner=inner)
         for entry in self.done.renumbered:
             for number, axis in entry.outputs:
                 outputs = seen.outputs
-                if outputs[number].dim() < -axis or outputs[number].shape[axis] <= int(entry.kept.max()):
+                missing = number >= len(outputs) or outputs[number].dim() < -axis
+                if missing or outputs[number].shape[axis] <= int(entry.kept.max()):
                     what = "the outputs on this input have no entry for each token"
                     raise NotSupported(what, "they have other axes than those on the example")
                 outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
         return seen
 
 
-def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting) -> Verification:
+def _compare(
+    oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting, further: bool
+) -> Verification:
     batch, *before = (
         known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
     )
     setting = replace(setting, before=tuple(before))
     pair, tolerance = _Pair(oracle, done, batch, double, setting), TOLERANCE if double else SINGLE
+    difference = partial(_difference, done=done, same=partial(_same, tolerance=tolerance) if further else None)
     reference, result, still = pair.reference(), pair.result(), False
-    worst = _difference(reference, result, done)
+    worst = difference(reference, result)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
         reference, result, still = pair.reference(still=True), pair.result(still=True), True
-        worst = _difference(reference, result, done)
+        worst = difference(reference, result)
     if worst > tolerance:
         _check_repeats(reference, pair.reference(still=True), tolerance)
     if not _has_numbers(reference.outputs):
@@ -245,13 +281,29 @@ def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, settin
                 "its outputs on the example contain no numbers, and neither do those of its inner layers"
             )
         worst = max(worst, relative_error(*inner))
-    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
+    lost = further and _lacks(reference, result)
+    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision", lost)
 
 
-def _difference(reference: Observed, result: Observed, done: Changes) -> float:
-    """The relative error of the outputs and of the tensors that both runs leave on their models."""
+def _difference(reference: Observed, result: Observed, *, done: Changes, same: Same | None) -> float:
+    """The relative error of the outputs and of the tensors that both runs leave on their models.
+
+    same: whether two tensors are the same, where outputs may lack removed positions and dropped blocks.
+    """
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
-    return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
+    outputs = as_cut(reference.outputs, result.outputs, done, same) if same else reference.outputs
+    return max(relative_error(outputs, result.outputs), relative_error(*kept))
+
+
+def _lacks(reference: Observed, result: Observed) -> bool:
+    """Whether the result lacks outputs, or positions of outputs or of tensors that the runs leave on their models."""
+    pairs = [*zip(reference.outputs, result.outputs, strict=False)]
+    pairs += [(tensor, result.kept[name]) for name, tensor in reference.kept.items() if name in result.kept]
+    return len(reference.outputs) > len(result.outputs) or any(a.shape != b.shape for a, b in pairs)
+
+
+def _same(reference: Tensor, output: Tensor, *, tolerance: float = TOLERANCE) -> bool:
+    return relative_error([reference], [output]) <= tolerance
 
 
 def _common(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -313,8 +365,21 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
     return worst
 
 
+class _Copy(Steady):
+    """A model to run often, in the same state before each run."""
+
+    @cached_property
+    def kept(self) -> dict[int, Tensor]:
+        """The tensors that the model keeps before each run."""
+        return _kept_by_id(self.model)
+
+
+def _kept_by_id(model: nn.Module) -> dict[int, Tensor]:
+    return {id(tensor): tensor for tensor in kept_on(model).values()}
+
+
 def _run(
-    steady: Steady,
+    steady: _Copy,
     inputs: Any,
     along: Sequence[Along] = (),
     *,
@@ -331,10 +396,10 @@ def _run(
             stack.enter_context(quiet() if still else nullcontext())
             stack.enter_context(NoDownCast())
             enter(model, setting, lambda batch: _restricted(model, batch, along))
-            before = {id(tensor): tensor for tensor in kept_on(model).values()}
+            before = _kept_by_id(model) if setting.before or setting.kept else dict(steady.kept)
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
-            stack.enter_context(Restricted(along))
-            stack.enter_context(AnswerMode(setting.answers) if setting.answers else nullcontext())
+            stack.enter_context(Restricted(along) if along else nullcontext())
+            stack.enter_context(AnswerMode(setting.answers, model=model) if setting.answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])
