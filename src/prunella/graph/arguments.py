@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -36,6 +37,8 @@ _ACCEPTED = 4
 """Values of one argument that the model takes."""
 _DEEP = 3
 """Containers within containers that are looked into."""
+_PASSED_ON = 16
+"""Arguments of inner modules that are tried by `**kwargs` of the model."""
 _SINGLE = 5
 """Arguments of which each is changed alone; more are changed together."""
 
@@ -70,7 +73,7 @@ def variants(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Varia
         return Variants()
     seen = Seen(model, (inputs, *others))
     values, tries = SourceValues(model, batch, seen), _Tries(seen)
-    simple = [argument for argument in asked if _is_simple(argument, values)]
+    simple, further = [argument for argument in asked if _is_simple(argument, values)], list[_Argument]()
     if keywords:
         further = _named_by_source(model, batch, values, own=len(simple) > _SINGLE)
         simple, asked = [*simple, *further], [*asked, *further]
@@ -81,8 +84,8 @@ def variants(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Varia
         together = Trials(seen.guard, base or {}).of(choices)
         asked = [argument for argument in asked if argument not in simple]
     found = [(argument, tries.of(argument, values)) for argument in asked]
-    valued = [(argument.name, tried) for argument, tried in found if not argument.others and not argument.of_keys]
-    untried = [name for name, tried in valued if tried is None]
+    valued = [(argument, tried) for argument, tried in found if not argument.others and not argument.of_keys]
+    untried = [argument.name for argument, tried in valued if tried is None and argument not in further]
     batches = tuple(variant for _, tried in found for variant in tried or ())
     return Variants((*together.batches, *batches), tuple(dict.fromkeys((*together.untried, *untried))))
 
@@ -169,8 +172,7 @@ def _arguments(model: nn.Module, batch: Any) -> Iterator[_Argument]:
     for name, parameter in signature.parameters.items():
         named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if kwargs is not None and named and name not in bound.arguments:
-            hint = "" if parameter.annotation is parameter.empty else _hint(parameter.annotation)
-            yield _Argument(name, parameter.default, partial(_with_key, kwargs, name), hint, whole=True)
+            yield _left_out(parameter, kwargs)
 
 
 def _hint(annotation: Any) -> str:
@@ -205,9 +207,26 @@ def _named_by_source(model: nn.Module, batch: Any, values: SourceValues, *, own:
     if given is None:
         return []
     asked = values.keywords_in_front(given) if own else values.keys(given, of_keywords=True)
-    names = [name for name in asked if name not in inspect.signature(model.forward).parameters]
-    puts = [(name, partial(_with_key, given, name)) for name in names if name.isidentifier()]
-    return [_Argument(name, None, put, whole=True) for name, put in puts]
+    known = {*given, *inspect.signature(model.forward).parameters}
+    names = [name for name in asked if name not in known and name.isidentifier()]
+    looked_up = [_Argument(name, None, partial(_with_key, given, name), whole=True) for name in names]
+    passed_on = {} if own else _passed_on(model)
+    return [*looked_up, *(_left_out(p, given) for name, p in passed_on.items() if name not in {*known, *names})]
+
+
+def _passed_on(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The optional arguments of inner modules, which `**kwargs` may reach."""
+    inner = [inspect.unwrap(module.forward) for module in model.modules() if module is not model]
+    codes = [(function, getattr(function, "__code__", None)) for function in inner]
+    own = [function for function, code in codes if code is not None and is_source(code.co_filename)]
+    parameters = [p for function in own for p in inspect.signature(function).parameters.values()]
+    return dict(islice(((p.name, p) for p in parameters if p.default is not p.empty), _PASSED_ON))
+
+
+def _left_out(parameter: inspect.Parameter, given: Mapping[str, Any]) -> _Argument:
+    """An argument that the example leaves out."""
+    hint = "" if parameter.annotation is parameter.empty else _hint(parameter.annotation)
+    return _Argument(parameter.name, parameter.default, partial(_with_key, given, parameter.name), hint, whole=True)
 
 
 def _parts(name: str, value: Any, put: Callable[[Any], Any], depth: int = 0) -> Iterator[_Argument]:

@@ -15,7 +15,7 @@ from prunella.graph.data import Graph
 from prunella.graph.guesses import attempt
 from prunella.graph.other_sizes import verified
 from prunella.graph.variants import Variant
-from prunella.graph.verify import Oracle, oracle_of
+from prunella.graph.verify import Addition, Oracle, oracle_of
 from prunella.model.contained import contained
 from prunella.model.state import Steady
 from prunella.model.trees import each, tensors
@@ -30,6 +30,8 @@ class Verdict(enum.Enum):
     """Further outputs are inner units or states of blocks: they are those of the kept ones."""
     BEYOND = enum.auto()
     """The outputs of the example are right, further ones depend on how many experts, tokens or blocks there are."""
+    FAILS = enum.auto()
+    """The same, and the smaller model does not run there."""
     WRONG = enum.auto()
 
 
@@ -40,6 +42,7 @@ class ArgumentCheck:
     wrong: tuple[Variant, ...] = ()
     as_cut: tuple[Variant, ...] = ()
     beyond: tuple[Variant, ...] = ()
+    fails: tuple[Variant, ...] = ()
 
 
 def check_arguments(oracle: Oracle, graph: Graph, inputs: Any, tried: Sequence[Variant]) -> ArgumentCheck:
@@ -55,13 +58,11 @@ def check_arguments(oracle: Oracle, graph: Graph, inputs: Any, tried: Sequence[V
         verdict = judge.verdict(variant)
         alone = variant.parts if verdict is not Verdict.RIGHT else ()
         verdicts |= {part: judge.verdict(part) for part in alone if part not in verdicts}
-        if not variant.parts or (verdict is Verdict.WRONG and not any(verdicts[part] is verdict for part in alone)):
+        explained = any(verdicts[part] is not Verdict.RIGHT for part in alone)
+        if not variant.parts or (verdict is Verdict.WRONG and not explained):
             verdicts[variant] = verdict
-    wrong, as_cut, beyond = (
-        tuple(variant for variant, verdict in verdicts.items() if verdict is kind)
-        for kind in (Verdict.WRONG, Verdict.AS_CUT, Verdict.BEYOND)
-    )
-    return ArgumentCheck(wrong, as_cut, beyond)
+    kinds = (Verdict.WRONG, Verdict.AS_CUT, Verdict.BEYOND, Verdict.FAILS)
+    return ArgumentCheck(*(tuple(v for v, verdict in verdicts.items() if verdict is kind) for kind in kinds))
 
 
 def wrong_groups(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, wrong: Sequence[Variant]) -> list[str]:
@@ -99,7 +100,7 @@ class _Judge:
                 return Verdict.AS_CUT if any(check.as_cut for check in checks if check) else Verdict.RIGHT
             if not attempt(self.guard, variant.batch).accepted:
                 return Verdict.RIGHT
-            return Verdict.BEYOND if self._beyond(variant.batch) else Verdict.WRONG
+            return self._beyond(variant.batch)
 
     def _of_both_signs(self, batch: Any) -> Iterator[Any]:
         """A batch, and the same with other signs: a unit that is zero on one after a rectifier is not on the other."""
@@ -108,7 +109,7 @@ class _Judge:
             turned = each(batch, lambda tensor: -tensor.detach() if tensor.is_floating_point() else tensor)
             yield from [turned] if attempt(self.guard, turned).accepted else []
 
-    def _beyond(self, batch: Any) -> bool:
+    def _beyond(self, batch: Any) -> Verdict:
         """Whether what differs is beside the outputs of the example, and is another one by the kind of the cut.
 
         Where experts, positions of a norm or blocks go, a statistic over them is another one; where tokens go, those in
@@ -116,8 +117,11 @@ class _Judge:
         """
         done = self.oracle.done
         if done.renumbered and len(_integers(batch)) > len(_integers(self.inputs)):
-            return True
-        return bool(done.along or done.dropped or done.renumbered) and self.oracle.adds(batch, self.inputs)
+            return Verdict.BEYOND
+        if not (done.along or done.dropped or done.renumbered):
+            return Verdict.WRONG
+        verdicts = {Addition.BOTH: Verdict.BEYOND, Addition.MASKED: Verdict.FAILS, Addition.OTHER: Verdict.WRONG}
+        return verdicts[self.oracle.adds(batch, self.inputs)]
 
 
 def _integers(batch: Any) -> list[Tensor]:

@@ -5,6 +5,7 @@ In the masked model removed positions are zero, and a dropped block returns its 
 
 from __future__ import annotations
 
+import enum
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -96,6 +97,12 @@ def verify(
     return Oracle(dense, small, done).verify(inputs, example=example, setting=setting, further=further)
 
 
+class Addition(enum.Enum):
+    """Which of both models returns the outputs of the example, and more: both, the masked one alone, or not so."""
+
+    BOTH, MASKED, OTHER = range(3)
+
+
 class Oracle:
     """`verify` for several batches: both models are copied, masked and cast once, if they are small."""
 
@@ -114,16 +121,29 @@ class Oracle:
         except _DenseFailed:
             return _compare(self, done, inputs, double=False, setting=setting, further=further)
 
-    def adds(self, inputs: Any, example: Any) -> bool:
-        """Whether both models return on `inputs` what they return on the example, and more."""
-        batches = [known_only(as_double(batch), self.done.renumbered) for batch in (example, inputs)]
-        few, more = (_Pair(self, self.done.on(0), batch, True, PLAIN) for batch in batches)
+    def adds(self, inputs: Any, example: Any) -> Addition:
+        """What both models return on `inputs` beside what they return on the example."""
+        additions = (self._adds(inputs, example, double=double) for double in (True, False))
+        return next((addition for addition in additions if addition is not Addition.OTHER), Addition.OTHER)
+
+    def _adds(self, inputs: Any, example: Any, *, double: bool) -> Addition:
+        batches = [as_double(batch) if double else batch for batch in (example, inputs)]
+        known = [known_only(batch, self.done.renumbered) for batch in batches]
+        few, more = (_Pair(self, self.done.on(0), batch, double, PLAIN) for batch in known)
+        same = partial(_same, tolerance=TOLERANCE if double else SINGLE)
+
+        def added(narrow: list[Tensor], wide: list[Tensor]) -> bool:
+            return len(wide) > len(narrow) and contains(wide, narrow, same)
+
         try:
-            masked_model = few.of_masked("masked").outputs, more.of_masked("masked").outputs
-            pairs = [masked_model, (few.result().outputs, more.result().outputs)]
+            if not added(few.of_masked("masked").outputs, more.of_masked("masked").outputs):
+                return Addition.OTHER
         except NotSupported:
-            return False
-        return all(len(wide) > len(narrow) and contains(wide, narrow, _same) for narrow, wide in pairs)
+            return Addition.OTHER
+        try:
+            return Addition.BOTH if added(few.result().outputs, more.result().outputs) else Addition.OTHER
+        except NotSupported:
+            return Addition.MASKED
 
     def _same_shapes(self, inputs: Any) -> Verification:
         models = [_Copy(model) for model in (self.dense, self.small)]

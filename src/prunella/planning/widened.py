@@ -73,6 +73,8 @@ def argument_remarks(request: Request, check: ArgumentCheck) -> Iterator[str]:
     if check.beyond:
         what = "some outputs depend on how many units there are: they are those of the smaller model, and not compared"
         yield f"{_all(check.beyond)} {what}"
+    if check.fails:
+        yield f"{_all(check.fails)} the smaller model does not run: some outputs depend on how many units there are"
     untried = request.tried.untried if request.tried else ()
     if untried:
         yield f"not tried with another value, since no guess runs: {listed(untried)}; an example may"
