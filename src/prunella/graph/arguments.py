@@ -43,7 +43,7 @@ _SINGLE = 5
 """Arguments of which each is changed alone; more are changed together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Argument:
     """A place in a batch: its name for people, its value, the hint of its type, and a batch with another value there.
 

@@ -22,7 +22,7 @@ from prunella.model.trees import each, tensors
 from prunella.types import Keep
 
 
-class Verdict(enum.Enum):
+class CutVerdict(enum.Enum):
     """How a cut compares with the masked model on one call."""
 
     RIGHT = enum.auto()
@@ -53,15 +53,15 @@ def check_arguments(oracle: Oracle, graph: Graph, inputs: Any, tried: Sequence[V
     if not tried:
         return ArgumentCheck()
     judge = _Judge(oracle, inputs, graph)
-    verdicts = dict[Variant, Verdict]()
+    verdicts = dict[Variant, CutVerdict]()
     for variant in tried:
         verdict = judge.verdict(variant)
-        alone = variant.parts if verdict is not Verdict.RIGHT else ()
+        alone = variant.parts if verdict is not CutVerdict.RIGHT else ()
         verdicts |= {part: judge.verdict(part) for part in alone if part not in verdicts}
-        explained = any(verdicts[part] is not Verdict.RIGHT for part in alone)
-        if not variant.parts or (verdict is Verdict.WRONG and not explained):
+        explained = any(verdicts[part] is not CutVerdict.RIGHT for part in alone)
+        if not variant.parts or (verdict is CutVerdict.WRONG and not explained):
             verdicts[variant] = verdict
-    kinds = (Verdict.WRONG, Verdict.AS_CUT, Verdict.BEYOND, Verdict.FAILS)
+    kinds = (CutVerdict.WRONG, CutVerdict.AS_CUT, CutVerdict.BEYOND, CutVerdict.FAILS)
     return ArgumentCheck(*(tuple(v for v, verdict in verdicts.items() if verdict is kind) for kind in kinds))
 
 
@@ -88,7 +88,7 @@ class _Judge:
         """The dense model, for runs beside the oracle."""
         return Steady(self.oracle.dense)
 
-    def verdict(self, variant: Variant) -> Verdict:
+    def verdict(self, variant: Variant) -> CutVerdict:
         """The verdict on one call."""
         number = next((branch.example for branch in self.graph.branches if branch.batch is variant.batch), 0)
         with contained():
@@ -97,9 +97,9 @@ class _Judge:
                 for batch in self._of_both_signs(variant.batch)
             ]
             if all(checks):
-                return Verdict.AS_CUT if any(check.as_cut for check in checks if check) else Verdict.RIGHT
+                return CutVerdict.AS_CUT if any(check.as_cut for check in checks if check) else CutVerdict.RIGHT
             if not attempt(self.guard, variant.batch).accepted:
-                return Verdict.RIGHT
+                return CutVerdict.RIGHT
             return self._beyond(variant.batch)
 
     def _of_both_signs(self, batch: Any) -> Iterator[Any]:
@@ -109,7 +109,7 @@ class _Judge:
             turned = each(batch, lambda tensor: -tensor.detach() if tensor.is_floating_point() else tensor)
             yield from [turned] if attempt(self.guard, turned).accepted else []
 
-    def _beyond(self, batch: Any) -> Verdict:
+    def _beyond(self, batch: Any) -> CutVerdict:
         """Whether what differs is beside the outputs of the example, and is another one by the kind of the cut.
 
         Where experts, positions of a norm or blocks go, a statistic over them is another one; where tokens go, those in
@@ -117,10 +117,14 @@ class _Judge:
         """
         done = self.oracle.done
         if done.renumbered and len(_integers(batch)) > len(_integers(self.inputs)):
-            return Verdict.BEYOND
+            return CutVerdict.BEYOND
         if not (done.along or done.dropped or done.renumbered):
-            return Verdict.WRONG
-        verdicts = {Addition.BOTH: Verdict.BEYOND, Addition.MASKED: Verdict.FAILS, Addition.OTHER: Verdict.WRONG}
+            return CutVerdict.WRONG
+        verdicts = {
+            Addition.BOTH: CutVerdict.BEYOND,
+            Addition.MASKED: CutVerdict.FAILS,
+            Addition.OTHER: CutVerdict.WRONG,
+        }
         return verdicts[self.oracle.adds(batch, self.inputs)]
 
 

@@ -6,36 +6,25 @@ In the masked model removed positions are zero, and a dropped block returns its 
 from __future__ import annotations
 
 import enum
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import CheckFailed, NotSupported, one_line
+from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.block_surgery import bypassed
-from prunella.graph.cut.changes import Along, Changes, changes
+from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Setting
-from prunella.graph.double import NoDownCast, as_double, precise, wide
+from prunella.graph.double import as_double, precise, wide
 from prunella.graph.further_outputs import Same, as_cut, contains
-from prunella.graph.noise import quiet
-from prunella.graph.restricted import Restricted
+from prunella.graph.observed import Observed, SteadyCopy, observed_run
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.trace.answers import AnswerMode
-from prunella.graph.trace.kept import kept_on
-from prunella.graph.trace.kept_state import enter
 from prunella.graph.training_pass import training_fault
 from prunella.model.copying import copied
-from prunella.model.forward import outputs_of
-from prunella.model.hooks import removed_after
-from prunella.model.rng import rng_state
-from prunella.model.state import Steady
-from prunella.model.trees import tensors
 from prunella.model.weight_norm import scaled_by_norm
 from prunella.types import Keep
 
@@ -109,7 +98,7 @@ class Oracle:
     def __init__(self, dense: nn.Module, small: nn.Module, done: Changes) -> None:
         self.dense, self.small, self.done = dense, small, done
         self._keeps = sum(p.numel() * p.element_size() for p in dense.parameters()) <= _KEPT
-        self._copies: dict[tuple[str, bool], _Copy] = {}
+        self._copies: dict[tuple[str, bool], SteadyCopy] = {}
 
     def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN, further: bool = False) -> Verification:
         """See `verify`."""
@@ -146,19 +135,19 @@ class Oracle:
             return Addition.MASKED
 
     def _same_shapes(self, inputs: Any) -> Verification:
-        models = [_Copy(model) for model in (self.dense, self.small)]
-        shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in models]
+        models = [SteadyCopy(model) for model in (self.dense, self.small)]
+        shapes = [[tuple(t.shape) for t in observed_run(model, inputs).outputs] for model in models]
         if not shapes[0]:
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
 
-    def copy(self, kind: str, *, double: bool) -> _Copy:
+    def copy(self, kind: str, *, double: bool) -> SteadyCopy:
         """A copy to run: of the `small` model, of the `masked` one, or of one with zeros in its `readers` alone."""
         known = self._copies.get((kind, double))
         if known is not None:
             return known
         model = copied(self.small) if kind == "small" else masked(self.dense, self.done, consumers=kind == "readers")
-        steady = _Copy(precise(model, double), parameters=False, values=self._keeps)
+        steady = SteadyCopy(precise(model, double), parameters=False, values=self._keeps)
         if self._keeps:
             self._copies[kind, double] = steady
         return steady
@@ -215,19 +204,6 @@ class _DenseFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Observed:
-    """The results of a run. kept: tensors that it leaves on the model. inner: outputs of inner modules, if requested.
-
-    drew: whether it drew random numbers.
-    """
-
-    outputs: list[Tensor]
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    inner: Mapping[str, Tensor] = field(default_factory=dict)
-    drew: bool = False
-
-
-@dataclass(frozen=True)
 class _Pair:
     """The masked and the smaller model on one batch, to be run under the same conditions."""
 
@@ -256,13 +232,13 @@ class _Pair:
         model = self.oracle.copy("small", double=self.double)
         batch = renumber(self.batch, self.done.renumbered)
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
-        return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
+        return observed_run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
     def of_masked(self, kind: str, *, still: bool = False, inner: bool = False) -> Observed:
         """The results of the masked model at all positions, with dropped blocks bypassed."""
         model = self.oracle.copy(kind, double=self.double)
         with bypassed(model.model, self.done.dropped):
-            return _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+            return observed_run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
 
     def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
         """The same at the kept positions."""
@@ -383,78 +359,3 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
             scale = a[torch.isfinite(a)].abs().max().item() if torch.isfinite(a).any() else 1.0
             worst = max(worst, gap / max(scale, 1e-30) if gap == gap else float("inf"))
     return worst
-
-
-class _Copy(Steady):
-    """A model to run often, in the same state before each run."""
-
-    @cached_property
-    def kept(self) -> dict[int, Tensor]:
-        """The tensors that the model keeps before each run."""
-        return _kept_by_id(self.model)
-
-
-def _kept_by_id(model: nn.Module) -> dict[int, Tensor]:
-    return {id(tensor): tensor for tensor in kept_on(model).values()}
-
-
-def _run(
-    steady: _Copy,
-    inputs: Any,
-    along: Sequence[Along] = (),
-    *,
-    still: bool = False,
-    inner: bool = False,
-    setting: Setting = PLAIN,
-) -> Observed:
-    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
-    named, model = dict[str, Tensor](), steady.model
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(steady.run(_SEED))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(quiet() if still else nullcontext())
-            stack.enter_context(NoDownCast())
-            enter(model, setting, lambda batch: _restricted(model, batch, along))
-            before = _kept_by_id(model) if setting.before or setting.kept else dict(steady.kept)
-            stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
-            stack.enter_context(Restricted(along) if along else nullcontext())
-            stack.enter_context(AnswerMode(setting.answers, model=model) if setting.answers else nullcontext())
-            seeded_state = rng_state()["torch"]
-            outputs = outputs_of(model, inputs)
-            drew = not torch.equal(seeded_state, rng_state()["torch"])
-            before |= {id(tensor): tensor for tensor in outputs}
-            kept = {name: tensor for name, tensor in kept_on(model).items() if id(tensor) not in before}
-    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
-        raise NotSupported(
-            "the smaller model does not run",
-            one_line(error),
-            "a size in its source does not follow the cut; skip= excludes the layers that you name",
-        ) from error
-    return Observed(outputs, kept, named, drew)
-
-
-def _restricted(model: nn.Module, batch: Any, along: Sequence[Along]) -> None:
-    with Restricted(along):
-        outputs_of(model, batch)
-
-
-_SEED = 0
-
-
-@contextmanager
-def _inner_outputs(model: nn.Module, named: dict[str, Tensor]) -> Iterator[None]:
-    """Collect the outputs of all calls of modules."""
-    count: Counter[str] = Counter()
-
-    def seen(path: str, output: Any) -> None:
-        count[path] += 1
-        for number, tensor in enumerate(tensors(output)):
-            named[f"{path} {count[path]} {number}"] = tensor.clone()
-
-    handles = [
-        module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
-        for path, module in model.named_modules()
-    ]
-    with removed_after(handles):
-        yield
