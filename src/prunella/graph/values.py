@@ -84,7 +84,7 @@ class SourceValues:
         likely: list[Any] = [True] if "bool" in kinds else []
         if main is not None:
             likely += _filled(tuple(main.shape), main, integers_first=not main.is_floating_point())[:_LIKELY]
-            likely += [torch.zeros(main.shape[:1], dtype=torch.int64, device=main.device)]
+            likely += _zeros(main)
         return [*likely, *([1] if kinds & {"int", "float"} else [])]
 
     def instead_of(self, value: Any, hint: str = "") -> Iterator[Any]:
@@ -163,7 +163,7 @@ class SourceValues:
         unread, steps = self._unread(main), shape[:2] if len(shape) > 2 else kept
         for form in dict.fromkeys([*unread, steps, image, shape]):
             yield from _filled(form, main, integers_first=not floating)
-        yield from (torch.zeros(shape[:1], dtype=torch.int64, device=main.device), _numbers(shape[:1], main))
+        yield from (*_zeros(main), _numbers(shape[:1], main))
         returned = [_numbers(form, main) for form in self._returned(main)]
         self._inner = returned if floating else []
         yield from returned
@@ -236,14 +236,22 @@ def _nested(codes: Iterable[CodeType]) -> Iterator[Any]:
 
 
 def _filled(shape: tuple[int, ...], main: Tensor, *, integers_first: bool) -> list[Tensor]:
-    """Tensors of one shape: of real numbers, of truths of which the last is false, and of small integers."""
+    """Tensors of one shape: of real numbers, of truths of which the last is false, and of small integers.
+
+    An index out of range is an error on a CPU; an accelerator does not survive it.
+    """
     real = _numbers(shape, main)
     truths = torch.ones(shape, dtype=torch.bool, device=main.device)
     if shape and shape[-1] > 1:
         truths[..., -1] = False
     ones = torch.ones(shape, dtype=torch.int64, device=main.device)
-    counted = [ones, ones - 1]
+    counted = [ones, ones - 1] if main.device.type == "cpu" else []
     return [*counted, truths, real] if integers_first else [real, truths, *counted[1:]]
+
+
+def _zeros(main: Tensor) -> list[Tensor]:
+    """A zero for each sample, such as a class."""
+    return [torch.zeros(main.shape[:1], dtype=torch.int64)] if main.device.type == "cpu" else []
 
 
 def _numbers(shape: tuple[int, ...], main: Tensor) -> Tensor:

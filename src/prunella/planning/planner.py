@@ -166,8 +166,8 @@ def plan_structure(request: Request, costs: Costs = no_costs) -> Plan:
             return replace(plan, remarks=(*plan.remarks, *remarks))
         if wider.request is None:
             raise NotSupported(
-                "the cuts of this model are exact for the example only",
-                f"{wider.wrong} the smaller model is wrong, also after tracing that call",
+                "the cuts of this model are exact for the size of the example only",
+                f"{wider.wrong} the smaller model is wrong, also after tracing that input",
                 "prune less of it: skip=, only=",
             )
         request = wider.request

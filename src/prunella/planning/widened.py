@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from prunella.errors import NotSupported
 from prunella.graph.arguments import variants
 from prunella.graph.data import Graph
 from prunella.graph.other_arguments import ArgumentCheck, check_arguments, wrong_groups
@@ -16,6 +17,7 @@ from prunella.planning.request import MOST_EXAMPLES, Request, with_arguments, wi
 from prunella.types import Keep
 
 _NOTHING = ArgumentCheck()
+_LEAVE_OUT = "leave them out: skip=, only="
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def widened(request: Request, keep: Keep, given: int = 0) -> Widening:
         return Widening(check=check)
     text = _all(check.wrong)
     names = wrong_groups(request.model, request.graph, keep, request.inputs, check.wrong)
+    if request.wrong.keys() >= {*names}:
+        raise NotSupported(f"units of {listed(tuple(names))} cannot be removed", f"{text} a cut is wrong", _LEAVE_OUT)
     fresh = [variant for variant in check.wrong if variant not in request.traced]
     traced = with_arguments(request, fresh) if fresh else None
     if traced is not None and _groups(request.graph) - set(names) <= _groups(traced.graph):
