@@ -162,7 +162,7 @@ def _arguments(model: nn.Module, batch: Any) -> Iterator[_Argument]:
     if kwargs is not None:
         for name, value in kwargs.items():
             yield from _parts(name, value, partial(_with_key, kwargs, name))
-    else:
+    elif isinstance(given, tuple):
         names = _positional(signature, len(given))
         for k, (name, value) in enumerate(zip(names, given, strict=True)):
             yield from _parts(name, value, partial(_with_entry, given, k))

@@ -57,7 +57,8 @@ class SourceValues:
     @cached_property
     def front(self) -> list[CodeType]:
         """The functions that get the arguments first: the forward pass of the model, and what is wrapped around it."""
-        function, codes = self.model.forward, list[CodeType]()
+        function: Any = self.model.forward
+        codes = list[CodeType]()
         while function is not None:
             code = getattr(getattr(function, "__func__", function), "__code__", None)
             codes += [code] if code is not None else []
