@@ -56,7 +56,7 @@ def steps_of(function: Callable[[int, int], int], a: int, b: int) -> ExecutedSte
 def test_another_side_of_a_line_is_something_new() -> None:
     for function in (one_line, chained, caught, looped):
         seen = {(a, b): steps_of(function, a, b) for a, b in product(range(3), repeat=2)}
-        assert len({frozenset(map(frozenset, steps.places.values())) for steps in seen.values()}) > 1, function
+        assert len({frozenset(map(frozenset, steps.steps.values())) for steps in seen.values()}) > 1, function
 
 
 @pytest.mark.parametrize(("first", "second"), [((0, 0), (1, 0)), ((1, 0), (1, 1)), ((0, 1), (1, 1))])
@@ -68,7 +68,12 @@ def test_parts_of_a_condition_are_told_apart(first: tuple[int, int], second: tup
 def test_the_same_side_is_nothing_new() -> None:
     assert steps_of(straight, 1, 2) <= steps_of(straight, 3, 4)
     assert steps_of(chained, 1, 2) <= steps_of(chained, 3, 4)
-    assert steps_of(looped, 0, 0) <= steps_of(looped, 2, 0)
+    assert steps_of(looped, 3, 0) <= steps_of(looped, 4, 0)
+
+
+def test_a_loop_that_is_passed_over_and_another_turn_are_something_new() -> None:
+    assert not steps_of(looped, 0, 0) <= steps_of(looped, 2, 0)
+    assert not steps_of(looped, 3, 0) <= steps_of(looped, 2, 0)
 
 
 def test_what_was_seen_is_added() -> None:
@@ -91,7 +96,7 @@ def test_what_runs_when_garbage_is_collected_is_no_step() -> None:
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.remove(collected)
-    assert len(kept) == 50 and collected.__code__ not in steps.places and gc.isenabled()
+    assert len(kept) == 50 and collected.__code__ not in steps.steps and gc.isenabled()
 
 
 def test_modules_that_run_are_steps() -> None:

@@ -285,7 +285,8 @@ class Branch:
     """A run in another setting than the first one, where the source may take another branch.
 
     place: `file:line` of a branch on a value, or a description of the run. batch: None for the example. example: the
-    number of the run. fault: why the run failed; empty if it succeeded.
+    number of the run. fault: why the run failed; empty if it succeeded. other_arguments: the batch has other arguments
+    than the example.
     """
 
     place: str
@@ -293,6 +294,7 @@ class Branch:
     example: int
     fault: str = ""
     batch: Any = None
+    other_arguments: bool = False
 
     @property
     def text(self) -> str:

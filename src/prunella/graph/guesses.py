@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import PLAIN, Hints, Setting
+from prunella.graph.trace.answers import refuses
 from prunella.graph.trace.kept_state import enter
 from prunella.model.executed import ExecutedSteps, executed
 from prunella.model.forward import forward, outputs_of
@@ -32,13 +34,14 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """The instructions and modules run so far. accepted: whether the model accepted the last batch.
+    """The steps and modules run so far.
 
+    accepted: whether the model accepted the last batch. refused: whether a `raise` or `assert` of its source did not.
     The examples run once a batch is accepted. Between the runs the model must not change.
     """
 
     def __init__(self, model: nn.Module, examples: Iterable[Any], guard: Steady | None = None) -> None:
-        self.model, self.guard, self.accepted = model, guard or Steady(model), False
+        self.model, self.guard, self.accepted, self.refused = model, guard or Steady(model), False, False
         self._examples, self._before, self._steps = tuple(examples), list[Seen](), ExecutedSteps()
 
     def forked(self) -> Seen:
@@ -58,7 +61,7 @@ class Seen:
 
     def codes(self) -> set[CodeType]:
         """The functions of the source that have run."""
-        return set(self.steps().places)
+        return set(self.steps().steps)
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model accepts this batch, with finite outputs, and runs something new on it."""
@@ -74,6 +77,7 @@ class Seen:
         self, batch: Any, observer: AbstractContextManager[Any] | None = None, setting: Setting = PLAIN
     ) -> ExecutedSteps | None:
         """The steps of one batch; None if the model does not accept it."""
+        self.refused = False
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.guard.run())
@@ -84,7 +88,8 @@ class Seen:
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
-        except Exception:  # a probe: whatever it raises, the model does not accept this batch
+        except Exception as error:  # a probe: whatever it raises, the model does not accept this batch
+            self.refused = refuses(error)
             return None
         return steps if all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()) else None
 
@@ -138,3 +143,22 @@ def _scaled(tensor: Tensor, factor: float) -> Tensor:
 def _filled(tensor: Tensor, value: int) -> Tensor:
     counted = not tensor.is_floating_point() and not tensor.is_complex()
     return torch.full_like(tensor, value) if counted else tensor.detach()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run on a batch. accepted: with finite outputs. refused: a `raise` or `assert` of the source ended it."""
+
+    accepted: bool
+    refused: bool = False
+
+
+def attempt(guard: Steady, batch: Any) -> Attempt:
+    """Run the model of the guard on a batch."""
+    try:
+        with guard.run(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs = outputs_of(guard.model, batch)
+    except Exception as error:  # a probe: whatever it raises, the model does not take this batch
+        return Attempt(accepted=False, refused=refuses(error))
+    return Attempt(all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()))

@@ -7,7 +7,6 @@ the axes that may be an image or a sequence. Sizes that the dense model does not
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.cut.changes import Changes, changes
-from prunella.graph.cut.surgery import change_
+from prunella.graph.cut.changes import Changes
 from prunella.graph.data import PLAIN, Graph, Hints, Setting
-from prunella.graph.guesses import Seen, other_values, sizes_to_try
+from prunella.graph.guesses import Seen, attempt, other_values, sizes_to_try
 from prunella.graph.resized import (
     layout,
     of_other_layout,
@@ -31,7 +29,7 @@ from prunella.graph.resized import (
     turned,
 )
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.verify import Oracle, check, relative_error
+from prunella.graph.verify import Oracle, Verification, check, oracle_of, relative_error
 from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
@@ -49,13 +47,14 @@ _NONE = Hints()
 
 
 def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str:
-    """The run on which a cut differs from the masked model: on the other side of a branch, or a further call."""
-    applied, small = changes(graph, keep), copied(model)
-    ran = [branch for branch in graph.branches if not branch.fault]
-    if not applied or not ran:
+    """The run on which a cut differs from the masked model: on the other side of a branch, or a further call.
+
+    Calls with other arguments are left to `check_arguments`.
+    """
+    ran = [branch for branch in graph.branches if not branch.fault and not branch.other_arguments]
+    oracle = oracle_of(model, graph, keep) if ran else None
+    if oracle is None:
         return ""
-    change_(small, applied)
-    oracle = Oracle(model, small, applied)
     for branch in ran:
         batch = inputs if branch.batch is None else branch.batch
         if not _agrees(oracle, batch, example=branch.example, setting=branch.setting):
@@ -63,14 +62,9 @@ def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str
     return ""
 
 
-def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> Any:
+def disagreement(oracle: Oracle, hints: Hints, inputs: Any, others: Sequence[Any] = ()) -> Any:
     """The first input of another size on which the cut model differs from the masked one; None if there is none."""
-    applied, small = changes(graph, keep), copied(model)
-    if not applied:
-        return None
-    change_(small, applied)
-    oracle = Oracle(model, small, applied)
-    for batch in other_sizes(model, inputs, others, graph.hints):
+    for batch in other_sizes(oracle.dense, inputs, others, hints):
         if not _agrees(oracle, batch):
             return batch
     return None
@@ -137,13 +131,7 @@ class _Probes:
 
     def runs(self, batch: Any) -> bool:
         """Whether the model accepts a batch, with finite outputs."""
-        try:
-            with self.guard.run(), torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                outputs = outputs_of(self.model, batch)
-        except Exception:  # a probe: whatever it raises, the model does not take this size
-            return False
-        return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+        return attempt(self.guard, batch).accepted
 
     def first(self, batches: Iterable[Any]) -> list[Any]:
         """The first of these batches that is new and that the dense model accepts."""
@@ -203,11 +191,19 @@ class _Probes:
 
 def _agrees(oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN) -> bool:
     """Whether both compute the same, or the comparison is inconclusive: rounding alone changes the outputs as much."""
+    return verified(oracle, batch, example=example, setting=setting) is not None
+
+
+def verified(
+    oracle: Oracle, batch: Any, *, example: int = 0, setting: Setting = PLAIN, further: bool = False
+) -> Verification | None:
+    """The comparison; None if both compute different results. further: see `verify`."""
     try:
-        verification = oracle.verify(batch, example=example, setting=setting)
+        verification = oracle.verify(batch, example=example, setting=setting, further=further)
     except NotSupported:
-        return False
-    return verification.exact or _shaken(oracle.small, oracle.done, batch) >= verification.error * _NOISE
+        return None
+    right = verification.exact or _shaken(oracle.small, oracle.done, batch) >= verification.error * _NOISE
+    return verification if right else None
 
 
 _NOISE = 1e-2

@@ -5,34 +5,26 @@ In the masked model removed positions are zero, and a dropped block returns its 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import CheckFailed, NotSupported, one_line
+from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.block_surgery import bypassed
-from prunella.graph.cut.changes import Along, Changes, changes
+from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import PLAIN, Graph, Setting
-from prunella.graph.double import NoDownCast, as_double, precise, wide
-from prunella.graph.noise import quiet
-from prunella.graph.restricted import Restricted
+from prunella.graph.double import as_double, precise, wide
+from prunella.graph.further_outputs import Same, as_cut, contains
+from prunella.graph.observed import Observed, SteadyCopy, observed_run
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.trace.answers import AnswerMode
-from prunella.graph.trace.kept import kept_on
-from prunella.graph.trace.kept_state import enter
 from prunella.graph.training_pass import training_fault
 from prunella.model.copying import copied
-from prunella.model.forward import outputs_of
-from prunella.model.hooks import removed_after
-from prunella.model.rng import rng_state
-from prunella.model.state import Steady
-from prunella.model.trees import tensors
 from prunella.model.weight_norm import scaled_by_norm
 from prunella.types import Keep
 
@@ -50,6 +42,8 @@ class Verification:
     tolerance: float
     outputs: int
     dtype: str = "float64"
+    as_cut: bool = False
+    """Whether outputs lack removed positions or dropped blocks, where they may: see `verify`."""
 
     @property
     def exact(self) -> bool:
@@ -81,13 +75,21 @@ def verify(
     *,
     example: int = 0,
     setting: Setting = PLAIN,
+    further: bool = False,
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
+    further: the batch may give more outputs than the example: they may lack removed positions and dropped blocks.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
-    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting)
+    return Oracle(dense, small, done).verify(inputs, example=example, setting=setting, further=further)
+
+
+class Addition(enum.Enum):
+    """Which of both models returns the outputs of the example, and more: both, the masked one alone, or not so."""
+
+    BOTH, MASKED, OTHER = range(3)
 
 
 class Oracle:
@@ -96,34 +98,69 @@ class Oracle:
     def __init__(self, dense: nn.Module, small: nn.Module, done: Changes) -> None:
         self.dense, self.small, self.done = dense, small, done
         self._keeps = sum(p.numel() * p.element_size() for p in dense.parameters()) <= _KEPT
-        self._copies: dict[tuple[str, bool], Steady] = {}
+        self._copies: dict[tuple[str, bool], SteadyCopy] = {}
 
-    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN) -> Verification:
+    def verify(self, inputs: Any, *, example: int = 0, setting: Setting = PLAIN, further: bool = False) -> Verification:
         """See `verify`."""
         if any(p.device.type == "meta" for p in self.dense.parameters()):
             return self._same_shapes(inputs)
+        done = self.done.on(example)
         try:
-            return _compare(self, self.done.on(example), inputs, double=True, setting=setting)
+            return _compare(self, done, inputs, double=True, setting=setting, further=further)
         except _DenseFailed:
-            return _compare(self, self.done.on(example), inputs, double=False, setting=setting)
+            return _compare(self, done, inputs, double=False, setting=setting, further=further)
+
+    def adds(self, inputs: Any, example: Any) -> Addition:
+        """What both models return on `inputs` beside what they return on the example."""
+        additions = (self._adds(inputs, example, double=double) for double in (True, False))
+        return next((addition for addition in additions if addition is not Addition.OTHER), Addition.OTHER)
+
+    def _adds(self, inputs: Any, example: Any, *, double: bool) -> Addition:
+        batches = [as_double(batch) if double else batch for batch in (example, inputs)]
+        known = [known_only(batch, self.done.renumbered) for batch in batches]
+        few, more = (_Pair(self, self.done.on(0), batch, double, PLAIN) for batch in known)
+        same = partial(_same, tolerance=TOLERANCE if double else SINGLE)
+
+        def added(narrow: list[Tensor], wide: list[Tensor]) -> bool:
+            return len(wide) > len(narrow) and contains(wide, narrow, same)
+
+        try:
+            if not added(few.of_masked("masked").outputs, more.of_masked("masked").outputs):
+                return Addition.OTHER
+        except NotSupported:
+            return Addition.OTHER
+        try:
+            return Addition.BOTH if added(few.result().outputs, more.result().outputs) else Addition.OTHER
+        except NotSupported:
+            return Addition.MASKED
 
     def _same_shapes(self, inputs: Any) -> Verification:
-        models = [Steady(model) for model in (self.dense, self.small)]
-        shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in models]
+        models = [SteadyCopy(model) for model in (self.dense, self.small)]
+        shapes = [[tuple(t.shape) for t in observed_run(model, inputs).outputs] for model in models]
         if not shapes[0]:
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
 
-    def copy(self, kind: str, *, double: bool) -> Steady:
+    def copy(self, kind: str, *, double: bool) -> SteadyCopy:
         """A copy to run: of the `small` model, of the `masked` one, or of one with zeros in its `readers` alone."""
         known = self._copies.get((kind, double))
         if known is not None:
             return known
         model = copied(self.small) if kind == "small" else masked(self.dense, self.done, consumers=kind == "readers")
-        steady = Steady(precise(model, double), parameters=False, values=self._keeps)
+        steady = SteadyCopy(precise(model, double), parameters=False, values=self._keeps)
         if self._keeps:
             self._copies[kind, double] = steady
         return steady
+
+
+def oracle_of(model: nn.Module, graph: Graph, keep: Keep) -> Oracle | None:
+    """The oracle of a cut; None if nothing is cut."""
+    applied = changes(graph, keep)
+    if not applied:
+        return None
+    small = copied(model)
+    change_(small, applied)
+    return Oracle(model, small, applied)
 
 
 _KEPT = 1 << 19
@@ -167,19 +204,6 @@ class _DenseFailed(Exception):
 
 
 @dataclass(frozen=True)
-class Observed:
-    """The results of a run. kept: tensors that it leaves on the model. inner: outputs of inner modules, if requested.
-
-    drew: whether it drew random numbers.
-    """
-
-    outputs: list[Tensor]
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    inner: Mapping[str, Tensor] = field(default_factory=dict)
-    drew: bool = False
-
-
-@dataclass(frozen=True)
 class _Pair:
     """The masked and the smaller model on one batch, to be run under the same conditions."""
 
@@ -208,34 +232,42 @@ class _Pair:
         model = self.oracle.copy("small", double=self.double)
         batch = renumber(self.batch, self.done.renumbered)
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
-        return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
+        return observed_run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
-    def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
-        """The results of the masked model at the kept positions, with dropped blocks bypassed."""
+    def of_masked(self, kind: str, *, still: bool = False, inner: bool = False) -> Observed:
+        """The results of the masked model at all positions, with dropped blocks bypassed."""
         model = self.oracle.copy(kind, double=self.double)
         with bypassed(model.model, self.done.dropped):
-            seen = _run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+            return observed_run(model, self.batch, self.done.along, still=still, inner=inner, setting=self.setting)
+
+    def _masked(self, kind: str, *, still: bool, inner: bool) -> Observed:
+        """The same at the kept positions."""
+        seen = self.of_masked(kind, still=still, inner=inner)
         for entry in self.done.renumbered:
             for number, axis in entry.outputs:
                 outputs = seen.outputs
-                if outputs[number].dim() < -axis or outputs[number].shape[axis] <= int(entry.kept.max()):
+                missing = number >= len(outputs) or outputs[number].dim() < -axis
+                if missing or outputs[number].shape[axis] <= int(entry.kept.max()):
                     what = "the outputs on this input have no entry for each token"
                     raise NotSupported(what, "they have other axes than those on the example")
                 outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
         return seen
 
 
-def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting) -> Verification:
+def _compare(
+    oracle: Oracle, done: Changes, inputs: Any, *, double: bool, setting: Setting, further: bool
+) -> Verification:
     batch, *before = (
         known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
     )
     setting = replace(setting, before=tuple(before))
     pair, tolerance = _Pair(oracle, done, batch, double, setting), TOLERANCE if double else SINGLE
+    difference = partial(_difference, done=done, same=partial(_same, tolerance=tolerance) if further else None)
     reference, result, still = pair.reference(), pair.result(), False
-    worst = _difference(reference, result, done)
+    worst = difference(reference, result)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
         reference, result, still = pair.reference(still=True), pair.result(still=True), True
-        worst = _difference(reference, result, done)
+        worst = difference(reference, result)
     if worst > tolerance:
         _check_repeats(reference, pair.reference(still=True), tolerance)
     if not _has_numbers(reference.outputs):
@@ -245,13 +277,29 @@ def _compare(oracle: Oracle, done: Changes, inputs: Any, *, double: bool, settin
                 "its outputs on the example contain no numbers, and neither do those of its inner layers"
             )
         worst = max(worst, relative_error(*inner))
-    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
+    lost = further and _lacks(reference, result)
+    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision", lost)
 
 
-def _difference(reference: Observed, result: Observed, done: Changes) -> float:
-    """The relative error of the outputs and of the tensors that both runs leave on their models."""
+def _difference(reference: Observed, result: Observed, *, done: Changes, same: Same | None) -> float:
+    """The relative error of the outputs and of the tensors that both runs leave on their models.
+
+    same: whether two tensors are the same, where outputs may lack removed positions and dropped blocks.
+    """
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
-    return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
+    outputs = as_cut(reference.outputs, result.outputs, done, same) if same else reference.outputs
+    return max(relative_error(outputs, result.outputs), relative_error(*kept))
+
+
+def _lacks(reference: Observed, result: Observed) -> bool:
+    """Whether the result lacks outputs, or positions of outputs or of tensors that the runs leave on their models."""
+    pairs = [*zip(reference.outputs, result.outputs, strict=False)]
+    pairs += [(tensor, result.kept[name]) for name, tensor in reference.kept.items() if name in result.kept]
+    return len(reference.outputs) > len(result.outputs) or any(a.shape != b.shape for a, b in pairs)
+
+
+def _same(reference: Tensor, output: Tensor, *, tolerance: float = TOLERANCE) -> bool:
+    return relative_error([reference], [output]) <= tolerance
 
 
 def _common(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -311,65 +359,3 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
             scale = a[torch.isfinite(a)].abs().max().item() if torch.isfinite(a).any() else 1.0
             worst = max(worst, gap / max(scale, 1e-30) if gap == gap else float("inf"))
     return worst
-
-
-def _run(
-    steady: Steady,
-    inputs: Any,
-    along: Sequence[Along] = (),
-    *,
-    still: bool = False,
-    inner: bool = False,
-    setting: Setting = PLAIN,
-) -> Observed:
-    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
-    named, model = dict[str, Tensor](), steady.model
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(steady.run(_SEED))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(quiet() if still else nullcontext())
-            stack.enter_context(NoDownCast())
-            enter(model, setting, lambda batch: _restricted(model, batch, along))
-            before = {id(tensor): tensor for tensor in kept_on(model).values()}
-            stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
-            stack.enter_context(Restricted(along))
-            stack.enter_context(AnswerMode(setting.answers) if setting.answers else nullcontext())
-            seeded_state = rng_state()["torch"]
-            outputs = outputs_of(model, inputs)
-            drew = not torch.equal(seeded_state, rng_state()["torch"])
-            before |= {id(tensor): tensor for tensor in outputs}
-            kept = {name: tensor for name, tensor in kept_on(model).items() if id(tensor) not in before}
-    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
-        raise NotSupported(
-            "the smaller model does not run",
-            one_line(error),
-            "a size in its source does not follow the cut; skip= excludes the layers that you name",
-        ) from error
-    return Observed(outputs, kept, named, drew)
-
-
-def _restricted(model: nn.Module, batch: Any, along: Sequence[Along]) -> None:
-    with Restricted(along):
-        outputs_of(model, batch)
-
-
-_SEED = 0
-
-
-@contextmanager
-def _inner_outputs(model: nn.Module, named: dict[str, Tensor]) -> Iterator[None]:
-    """Collect the outputs of all calls of modules."""
-    count: Counter[str] = Counter()
-
-    def seen(path: str, output: Any) -> None:
-        count[path] += 1
-        for number, tensor in enumerate(tensors(output)):
-            named[f"{path} {count[path]} {number}"] = tensor.clone()
-
-    handles = [
-        module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
-        for path, module in model.named_modules()
-    ]
-    with removed_after(handles):
-        yield

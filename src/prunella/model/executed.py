@@ -1,6 +1,6 @@
-"""The instructions of a model's source that a run executes, and the modules that it calls.
+"""The steps of a run through a model's source, from place to place, and the modules that it calls.
 
-Two runs that differ in them have taken different branches.
+Two runs that differ in them have taken different branches, or another number of turns of a loop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 _PATHS = sysconfig.get_paths()
 _SKIPPED = (
@@ -30,74 +31,111 @@ _SKIPPED = (
 """Code of torch and of this package, and code without a file."""
 _LEAVES = frozenset({"RETURN_VALUE", "RAISE_VARARGS", "RERAISE", "YIELD_VALUE", "RETURN_GENERATOR"})
 """Instructions after which another block begins, beside the jumps."""
+_OF_ATTRIBUTES = frozenset({"__getattribute__", "__getattr__", "__setattr__"})
+"""Functions that run at every access to an attribute, as in a configuration: what they do is no branch of a model."""
+Step = int
+"""From one place of a function to the next: both in one number, negative if the step is taken again in one call."""
+_WIDTH = 32
+"""Bits of a place: the number of a line, or of an instruction, and which of the two."""
 
 
 @dataclass(frozen=True)
 class ExecutedSteps:
-    """What has run. places: function -> its lines, as negative numbers, or its instructions. modules: identities."""
+    """What has run. steps: by function. modules: identities."""
 
-    places: dict[CodeType, set[int]] = field(default_factory=dict)
+    steps: dict[CodeType, set[Step]] = field(default_factory=dict)
     modules: set[int] = field(default_factory=set)
 
     def __le__(self, other: ExecutedSteps) -> bool:
         """Whether all of this is in `other`."""
-        known = all(code in other.places and places <= other.places[code] for code, places in self.places.items())
+        known = all(code in other.steps and steps <= other.steps[code] for code, steps in self.steps.items())
         return known and self.modules <= other.modules
 
     def add(self, other: ExecutedSteps) -> None:
         """Add what has run in another run."""
         self.modules.update(other.modules)
-        for code, places in other.places.items():
-            self.places.setdefault(code, set()).update(places)
+        for code, steps in other.steps.items():
+            self.steps.setdefault(code, set()).update(steps)
 
 
 @contextmanager
 def executed(model: nn.Module) -> Iterator[ExecutedSteps]:
-    """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called.
+    """Inside, collect the steps that run outside of torch, this package and Python, and the modules called.
 
+    That an instruction was passed over shows in the step beside it, and a second turn of a loop as a step taken again.
     A line stands for its instructions where none of them runs without the others. No garbage is collected meanwhile:
     callbacks and finalizers of other libraries would run at moments that have nothing to do with the model.
     """
-    steps = ExecutedSteps()
-    tracers: dict[int, Callable[..., Any] | None] = {}  # by identity: a function of many constants is slow to hash
+    executed_steps = ExecutedSteps()
+    followed: dict[int, _Function | None] = {}  # by identity: a function of many constants is slow to hash
 
     def entered(frame: FrameType, _: str, __: Any) -> Any:
         code = frame.f_code
-        if id(code) not in tracers:
-            tracers[id(code)] = _tracer(code, steps) if is_source(code.co_filename) else None
-        return tracers[id(code)]
+        if id(code) not in followed:
+            own = is_source(code.co_filename) and code.co_name not in _OF_ATTRIBUTES
+            followed[id(code)] = _function(code, executed_steps) if own else None
+        function = followed[id(code)]
+        return function.tracer() if function else None
 
-    handles = [module.register_forward_pre_hook(lambda m, _: steps.modules.add(id(m))) for module in model.modules()]
+    own = {id(module) for module in model.modules()}
+
+    def called(module: nn.Module, _: Any) -> None:
+        if id(module) in own:
+            executed_steps.modules.add(id(module))
+
+    handle = register_module_forward_pre_hook(called)
     before, collects = sys.gettrace(), gc.isenabled()
     gc.disable()
     sys.settrace(entered)
     try:
-        yield steps
+        yield executed_steps
     finally:
         sys.settrace(before)
         if collects:
             gc.enable()
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
-def _tracer(code: CodeType, steps: ExecutedSteps) -> Callable[..., Any] | None:
-    """What follows a function that runs; None where it has no branch."""
-    places = steps.places.setdefault(code, set())
-    mixed = _mixed_lines(code)
-    if mixed is None:
-        places.add(0)
-        return None
+@dataclass(frozen=True)
+class _Function:
+    """A function with branches: the lines that are followed by instruction, and its steps so far."""
 
-    def each(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            places.add(-frame.f_lineno)
-            frame.f_trace_opcodes = frame.f_lineno in mixed
-        elif event == "opcode":
-            places.add(frame.f_lasti)
+    mixed: frozenset[int]
+    steps: set[Step]
+
+    def tracer(self) -> Callable[..., Any]:
+        """Follow one call of the function."""
+        mixed, steps, here, last = self.mixed, self.steps, set[int](), 0
+
+        def each(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal last
+            if event == "line":
+                place = frame.f_lineno << 1
+                if mixed:
+                    frame.f_trace_opcodes = place >> 1 in mixed
+            elif event == "opcode":
+                place = frame.f_lasti << 1 | 1
+            else:
+                steps.update(here)
+                return each
+            step = last << _WIDTH | place
+            last = place
+            if step in here:
+                steps.add(-step)
+            else:
+                here.add(step)
+            return each
+
         return each
 
-    return each
+
+def _function(code: CodeType, executed_steps: ExecutedSteps) -> _Function | None:
+    """What follows a function that runs; None where it has no branch."""
+    steps, mixed = executed_steps.steps.setdefault(code, set()), _mixed_lines(code)
+    if mixed is None:
+        steps.add(0)
+        return None
+    return _Function(mixed, steps)
 
 
 @cache

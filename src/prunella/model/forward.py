@@ -125,7 +125,7 @@ def _of_list(model: nn.Module, batch: list[Any]) -> Any:
         raise _misfit(batch, f"{type(error).__name__}: {error}") from error
 
 
-def _call(model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def _call(model: nn.Module, batch: Any, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return model(*args, **kwargs)
     except TypeError as error:

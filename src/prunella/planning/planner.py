@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.granularity import Structural, Vocabulary
 from prunella.graph.data import Frozen, Group, ReasonKind
-from prunella.graph.other_sizes import disagreement, wrong_branch
+from prunella.graph.other_sizes import wrong_branch
 from prunella.graph.resized import batch_text
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
@@ -44,7 +44,6 @@ from prunella.planning.plan import Plan
 from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
-    MOST_EXAMPLES,
     GroupScores,
     Request,
     eligible_groups,
@@ -53,9 +52,9 @@ from prunella.planning.request import (
     prepare,
     score_groups,
     set_aside,
-    with_example,
 )
 from prunella.planning.threshold import units_above
+from prunella.planning.widened import argument_remarks, widened, with_tried
 from prunella.selection import without_lowest
 from prunella.stats import Source
 from prunella.targets import Latency, Target, Threshold
@@ -151,24 +150,27 @@ def no_costs(request: Request, scored: Sequence[GroupScores], keep: Keep, choose
 def plan_structure(request: Request, costs: Costs = no_costs) -> Plan:
     """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason.
 
-    An input of another size on which the cut is wrong is traced too: it shows what is coupled or frozen there.
+    An input of another size, or with other arguments, on which the cut is wrong is traced too: it shows what is coupled
+    or frozen there.
     """
-    original = request
-    for _ in range(MOST_EXAMPLES):
+    original, request = request, with_tried(request)
+    while True:
         scored = _scored(request)
         request, keep, frozen = _described(request, scored)
-        other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
-        if other is None:
+        wider = widened(request, keep, given=len(original.others))
+        if not wider.wrong:
             _check_branches(request, keep)
-            plan = _plan_of(request, keep, frozen)
             said = costs(original, scored.groups, keep, partial(_units_kept, scored))
-            return replace(plan, remarks=(*plan.remarks, *_added(original, request), *said))
-        request = with_example(request, other)
-    raise NotSupported(
-        "the cuts of this model are exact for the size of the example only",
-        f"on {batch_text(other, request.inputs)} the smaller model is wrong, also after tracing that input",
-        "prune less of it: skip=, only=",
-    )
+            remarks = (*_added(original, request), *argument_remarks(request, wider.check), *said)
+            plan = _plan_of(request, keep, frozen)
+            return replace(plan, remarks=(*plan.remarks, *remarks))
+        if wider.request is None:
+            raise NotSupported(
+                "the cuts of this model are exact for the size of the example only",
+                f"{wider.wrong} the smaller model is wrong, also after tracing that input",
+                "prune less of it: skip=, only=",
+            )
+        request = wider.request
 
 
 def _check_branches(request: Request, keep: Keep) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
+from prunella.graph.variants import Variant, Variants
 from prunella.model.copying import ordinary
 from prunella.planning.by_hand import ByHand
 from prunella.planning.checks import foreign_weights
@@ -46,6 +47,8 @@ class Request:
 
     target: None if the recipe or a search determines the counts. before: masks of earlier rounds.
     others: further examples, traced into the same graph. by_hand: units chosen by name, regardless of the budget.
+    tried: batches with other arguments; None before they are searched. traced: those of them in the graph.
+    wrong: groups that stay, since a cut of them is wrong with such arguments, with the reason.
     """
 
     model: nn.Module
@@ -60,6 +63,9 @@ class Request:
     before: Before | None = None
     others: tuple[Inputs, ...] = ()
     by_hand: ByHand = NOTHING_BY_HAND
+    tried: Variants | None = None
+    traced: tuple[Variant, ...] = ()
+    wrong: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def examples(self) -> Examples:
@@ -95,13 +101,21 @@ def prepare(
 
 def with_example(request: Request, example: Inputs) -> Request:
     """The request with one more example in its graph; earlier reasons are kept. Errors: those of `couple`."""
-    others = (*request.others, example)
-    graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only)
+    return _widened(request, (*request.others, example), request.traced)
+
+
+def with_arguments(request: Request, wrong: Sequence[Variant]) -> Request:
+    """The same with batches that have other arguments."""
+    return _widened(request, request.others, (*request.traced, *wrong))
+
+
+def _widened(request: Request, others: tuple[Inputs, ...], traced: tuple[Variant, ...]) -> Request:
+    graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only, traced)
     reasons = {(entry.entity, entry.axis, entry.count): entry for entry in request.graph.frozen}
     told = tuple(reasons.get((entry.entity, entry.axis, entry.count), entry) for entry in graph.frozen)
     graph = replace(graph, frozen=told)
     probe = LatencyProbe(request.model, graph, request.inputs)
-    return replace(request, graph=graph, probe=probe, others=others)
+    return replace(request, graph=graph, probe=probe, others=others, traced=traced)
 
 
 def _coupled(
@@ -111,8 +125,9 @@ def _coupled(
     recipe: Recipe,
     skip: Sequence[str],
     only: Sequence[str],
+    traced: Sequence[Variant] = (),
 ) -> Graph:
-    graph = couple(model, inputs, others)
+    graph = couple(model, inputs, others, [(variant.text, variant.batch) for variant in traced])
     check_patterns(graph, skip, only)
     if any(isinstance(granularity, Depth) for granularity in recipe.granularities):
         graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
@@ -142,6 +157,8 @@ def eligible_groups(request: Request) -> tuple[list[Group], list[Frozen]]:
 
 def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, ReasonKind]:
     """Why a group is not eligible; empty if it is."""
+    if group.name in request.wrong:
+        return request.wrong[group.name], ReasonKind.UNPROVEN
     reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
     reason += f": {group.why}" if group.why else ""
     if group.kind in kinds:

@@ -18,7 +18,6 @@ from prunella.granularity import Block, Channel, Element, Expert, Head, Width
 from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.matrix import from_matrix
-from prunella.graph.other_sizes import disagreement
 from prunella.graph.verify import unproven
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.copying import copied
@@ -30,15 +29,14 @@ from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
-    MOST_EXAMPLES,
     Request,
     eligible_groups,
     eligible_layers,
     prepare,
     score_groups,
     score_layers,
-    with_example,
 )
+from prunella.planning.widened import widened, with_tried
 from prunella.selection import Counts
 from prunella.stats import Source, Subject
 from prunella.targets import Latency, Target
@@ -221,7 +219,7 @@ def space(
         request = prepare(model, inputs, recipe, target=None, source=Source(data, loss), skip=skip, only=only)
         pattern = recipe.granularities[0]
         candidates: Candidates
-        candidates = _weights(request, pattern) if isinstance(pattern, Element | Block) else _units(request)
+        candidates = _weights(request, pattern) if isinstance(pattern, Element | Block) else _units(with_tried(request))
     return Space(model, recipe, candidates, inputs, request.source, request.skip, request.only)
 
 
@@ -230,9 +228,9 @@ def _units(request: Request) -> CandidateUnits:
     half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored}
     faults = unproven(request.model, request.graph, half, request.inputs, request.others)
     proven = {name: mask for name, mask in half.items() if name not in faults}
-    other = disagreement(request.model, request.graph, proven, request.inputs, request.others)
-    if other is not None and len(request.others) < MOST_EXAMPLES:
-        return _units(with_example(request, other))
+    wider = widened(request, proven).request
+    if wider is not None:
+        return _units(wider)
     scored = [(group, scores) for group, scores in scored if group.name not in faults]
     if not scored:
         raise NotSupported("there is nothing to search", next(iter(faults.values())), "`prunella inspect` shows why")

@@ -162,9 +162,9 @@ def test_a_cut_by_hand_is_refused_with_the_size() -> None:
 
 
 def test_a_size_that_is_never_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunella.planning import planner
+    from prunella.planning import widened
 
-    monkeypatch.setattr(planner, "disagreement", lambda *_: torch.randn(1, 3, 5, 5))
+    monkeypatch.setattr(widened, "disagreement", lambda *_: torch.randn(1, 3, 5, 5))
     with pytest.raises(NotSupported, match="for the size of the example only"):
         pr.plan(Scramble(), torch.randn(2, 3, 2, 2), RECIPE, target=pr.Sparsity(0.3))
 

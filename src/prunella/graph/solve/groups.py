@@ -55,16 +55,19 @@ from prunella.model.traceable import check_traceable
 from prunella.model.unwrap import unwrap
 
 
-def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
+def couple(
+    model: nn.Module, inputs: Any, others: Sequence[Any] = (), arguments: Sequence[tuple[str, Any]] = ()
+) -> Graph:
     """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
-    others: further examples; what a run on one of them couples or freezes holds too. The model does not change. Raises
+    others: further examples; what a run on one of them couples or freezes holds too. arguments: batches with
+    other arguments, each with what it is in words; they are branches of the graph. The model does not change. Raises
     `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
     check_traceable(model)
     try:
-        record = trace_modes(model, inputs, apply_rule, others)
+        record = trace_modes(model, inputs, apply_rule, others, arguments)
     except PruningError:
         raise
     except Exception as error:

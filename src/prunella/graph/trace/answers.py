@@ -6,17 +6,19 @@ import dis
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.solve.labels import Dim
 from prunella.graph.trace.known_sizes import known_numbers
+from prunella.graph.trace.queries import asked_by, queries_answered
 from prunella.graph.trace.source import reader, where
 from prunella.model.calls import called
 from prunella.model.trees import tensors
@@ -96,22 +98,43 @@ def _beside(number: Answer) -> tuple[Answer, ...]:
 class AnswerMode(TorchFunctionMode):
     """Collects the first question at each site of a run, and replaces the answers of all reads at sites in `instead`.
 
-    labels: gives the labels of a tensor, for `Question.within`; without it, that is empty.
+    labels: gives the labels of a tensor, for `Question.within`; without it, that is empty. model: its source may have
+    imported queries by name.
     """
 
-    def __init__(self, instead: Answers, labels: Callable[[Tensor], Iterable[Dim]] | None = None) -> None:
+    def __init__(
+        self,
+        instead: Answers,
+        labels: Callable[[Tensor], Iterable[Dim]] | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.instead, self.labels = instead, labels
+        self.instead, self.labels, self.model = instead, labels, model
         self.questions: dict[Site, Question] = {}
         self.reads: Counter[Site] = Counter()
+        self._queries = ExitStack()
+
+    def __enter__(self) -> AnswerMode:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._queries.enter_context(queries_answered(self._queried, self.model))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._queries.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
         name = _REQUIRES if func == Tensor.requires_grad.__get__ else called(func)  # type: ignore[attr-defined]
-        if name not in _ASKED or not isinstance(answer, bool | int | float):
-            return answer
-        frame = reader(sys._getframe(1))
-        if frame is None:
+        return self._answered(name, answer, reader(sys._getframe(1))) if name in _ASKED else answer
+
+    def _queried(self, query: str, answer: Any) -> Any:
+        """The answer to a query of the source beside its tensors."""
+        return self._answered(query, answer, asked_by(sys._getframe(2)))
+
+    def _answered(self, name: str, answer: Any, frame: FrameType | None) -> Any:
+        if frame is None or not isinstance(answer, bool | int | float):
             return answer
         site = _site(frame)
         self.reads[site] += 1

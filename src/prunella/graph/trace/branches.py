@@ -42,7 +42,7 @@ def add_branches(
     while waiting and len(record.branches) < _MOST:
         before, question = waiting.pop(0)
         for answers in _other_sides(model, inputs, before, question):
-            asked = AnswerMode(answers, lambda tensor: record.value(tensor).dims)
+            asked = AnswerMode(answers, lambda tensor: record.value(tensor).dims, model=model)
             branch = _other_side(record, model, inputs, apply_rule, asked, question, number + len(record.branches))
             record.branches.append(branch)
             fresh = [found for site, found in asked.questions.items() if site not in known]
@@ -63,10 +63,10 @@ def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Quest
         yield from others
         return
     seen = Seen(model, ())
-    seen.new(inputs, AnswerMode(before))
+    seen.new(inputs, AnswerMode(before, model=model))
     taken: list[Answers] = []
     for answers in others[:_NUMBERS]:
-        if seen.new(inputs, AnswerMode(answers)):
+        if seen.new(inputs, AnswerMode(answers, model=model)):
             yield answers
             return
         taken += [answers] if seen.accepted else []

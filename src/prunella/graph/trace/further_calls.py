@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunella.errors import one_line
-from prunella.graph.data import Branch, Setting
+from prunella.graph.data import PLAIN, Branch, Setting
 from prunella.graph.guesses import Seen
 from prunella.graph.resized import resized, samples, shape_text
 from prunella.graph.trace.dataflow import Flow
@@ -59,6 +60,21 @@ def add_calls(
             calls.append((text, setting, batch))
     for call in calls[:_MOST]:
         record.branches.append(_recorded(record, model, inputs, apply_rule, call, number + len(record.branches)))
+
+
+def add_arguments(
+    record: Trace,
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    variants: Sequence[tuple[str, Any]],
+    number: int,
+) -> None:
+    """Record calls with other arguments, each with its text. number: that of the first of the branches."""
+    for text, batch in variants:
+        call = text, PLAIN, batch
+        branch = _recorded(record, model, inputs, apply_rule, call, number + len(record.branches))
+        record.branches.append(replace(branch, other_arguments=True))
 
 
 def _recorded(

@@ -87,6 +87,12 @@ def scopes(frame: FrameType) -> list[FunctionScope]:
     return list(known.values())
 
 
+def scopes_of(model: nn.Module) -> Iterator[FunctionScope]:
+    """The forward pass of each module that comes from source of somebody's own."""
+    for module in model.modules():
+        yield from _scope_of(module.forward, module)
+
+
 def owner_of(frame: FrameType) -> object:
     """The object of the running method: the first argument, whatever its name; None if it has no class of its own."""
     code = frame.f_code

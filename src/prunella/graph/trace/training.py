@@ -16,34 +16,47 @@ from prunella.graph.trace.answers import NATURAL, AnswerMode
 from prunella.graph.trace.branches import add_branches
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.further_calls import add_calls
+from prunella.graph.trace.further_calls import add_arguments, add_calls
 from prunella.graph.trace.kept import keep_outputs, say_example
 from prunella.graph.trace.kept_state import Snapshot
+from prunella.graph.trace.queries import as_in_training
 from prunella.graph.trace.recorder import Trace
 from prunella.graph.trace.run import new_record, trace
 from prunella.model.state import restored_state, training_flags, untouched
 from prunella.model.trees import tensors
 
 
-def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], others: Sequence[Any] = ()) -> Trace:
+def trace_modes(
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    others: Sequence[Any] = (),
+    arguments: Sequence[tuple[str, Any]] = (),
+) -> Trace:
     """The record of a run in evaluation mode, and of one in training mode if the model's source asks for the mode.
 
-    others: further examples for evaluation mode. Outputs of either mode are kept. If the model does not run in training
-    mode, `Trace.untried` says why. Errors: NotSupported if the model returns no tensor of numbers, and those of the
-    model.
+    others: further examples for evaluation mode. arguments: texts and batches with other arguments. Outputs of either
+    mode are kept. If the model does not run in training mode, `Trace.untried` says why. Errors: NotSupported if the
+    model returns no tensor of numbers, and those of the model.
     """
     with uncached(model):
-        record = _both_modes(model, inputs, apply_rule, others)
+        record = _both_modes(model, inputs, apply_rule, others, arguments)
     for name in sorted(record.shared.keys() & record.axes.keys()):
         for dim in record.axes[name]:
             record.ledger.freeze(dim, Reason(sharing(record, name), record.reader(name)[1]))
     return record
 
 
-def _both_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], others: Sequence[Any]) -> Trace:
+def _both_modes(
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    others: Sequence[Any],
+    arguments: Sequence[tuple[str, Any]],
+) -> Trace:
     with untouched(model), training_flags(model, training=False) as readers:
         record = new_record(model)
-        asked = AnswerMode(NATURAL, lambda tensor: record.value(tensor).dims)
+        asked = AnswerMode(NATURAL, lambda tensor: record.value(tensor).dims, model=model)
         with restored_state(model):
             before = Snapshot(model)
             run = trace(record, model, inputs, apply_rule, asked=asked)
@@ -62,6 +75,7 @@ def _both_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
         with _first_run(record):
             add_branches(record, model, inputs, apply_rule, asked.questions.values(), len(others) + 1)
             add_calls(record, model, inputs, apply_rule, changes, len(others) + 1)
+            add_arguments(record, model, inputs, apply_rule, arguments, len(others) + 1)
     if readers:
         _add_training(record, model, inputs, apply_rule)
     return record
@@ -107,7 +121,7 @@ def _first_run(record: Trace) -> Iterator[None]:
 
 
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
-    with untouched(model), training_flags(model, training=True):
+    with untouched(model), training_flags(model, training=True), as_in_training(model):
         other = new_record(model, record.ledger.size)
         other.known_sizes.codes = record.known_sizes.codes  # what they know is known from the first run
         try:
