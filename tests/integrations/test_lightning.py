@@ -18,8 +18,8 @@ from tests.vision import torchvision_or_skip
 STEPS = 8
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of the libraries themselves
-    # Lightning keeps the handlers of signals in the model; that of a timeout holds all tests of the session, which every
-    # plan would then search for tensors.
+    # Lightning keeps the handlers of signals in the model; that of a timeout holds all tests of the session, which
+    # every plan would then search for tensors.
     pytest.mark.timeout(method="thread"),
 ]
 
