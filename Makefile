@@ -60,9 +60,9 @@ kernels: ## build the sparse kernels into src/, as an installation does (needs c
 
 fuzz: $(VENV)/.stamp-test ## hostile files for every reader, hostile input to the kernels under sanitizers, a minute each
 	$(SAY) "fuzzing the readers"
-	OMP_NUM_THREADS=1 PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/fuzz
+	OMP_NUM_THREADS=1 PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS-60} $(BIN)/python -m pytest tests/fuzz
 	$(SAY) "fuzzing the kernels"
-	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/kernels/test_fuzz.py
+	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS-60} $(BIN)/python -m pytest tests/runtime/kernels/test_fuzz.py
 
 faults: $(VENV)/.stamp-test ## kill, fail and halve every write, fsync, rename, unlink and mkdir of every verb (hours)
 	$(SAY) "trying every fault at every call of every verb that writes"
@@ -70,7 +70,7 @@ faults: $(VENV)/.stamp-test ## kill, fail and halve every write, fsync, rename, 
 
 wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in dist/
 	$(SAY) "building and testing the wheel"
-	PRUNELLA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/runtime/test_wheel.py
+	PRUNELLA_DIST=$${PRUNELLA_DIST-$(CURDIR)/dist} $(BIN)/python -m pytest tests/runtime/test_wheel.py
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,12 @@
-"""Each script of examples/ says what it is, and runs."""
+"""Each script of examples/ says what it is, and runs.
+
+The longest run with `PRUNELLA_EXAMPLES`, as in `.ci/run`; `make examples` runs all scripts at their full length.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +26,10 @@ NEEDS = {
     "compare_methods": ("jinja2", "matplotlib"),
     "study": ("jinja2", "matplotlib"),
 }
+LONG = {"language_model", "deployment"}
+SKIP_LONG = pytest.mark.skipif(
+    "PRUNELLA_EXAMPLES" not in os.environ, reason="`.ci/run` runs this, and `make examples` at full length"
+)
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -34,7 +42,7 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SKIP_LONG) if n in LONG else n for n in SCRIPTS])
 @pytest.mark.filterwarnings("ignore")
 def test_an_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -54,5 +62,9 @@ def test_an_example_runs(
             monkeypatch.setattr(sys, "stdin", sys.stdin)
             module.main()
         assert capsys.readouterr().out.strip()
+
+
+def test_every_script_is_in_the_table() -> None:
     table = (FOLDER / "README.md").read_text()
-    assert f"| `{name}.py` |" in table
+    assert set(SCRIPTS) >= LONG
+    assert [name for name in SCRIPTS if f"| `{name}.py` |" not in table] == []

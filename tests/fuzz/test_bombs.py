@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ALL = float(os.environ.get("PRUNELLA_FUZZ_SECONDS", "4")) > 30
+ALL = float(os.environ.get("PRUNELLA_FUZZ_SECONDS") or "4") > 30
 QUICK = ("plan", "artifact", "tensors", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint", "recipe")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = float(os.environ.get("PRUNELLA_FUZZ_SECONDS", "4"))
+SECONDS = float(os.environ.get("PRUNELLA_FUZZ_SECONDS") or "4")
 QUICK = ("plan", "artifact", "tensors", "shards", "state", "ticket", "journal", "json", "checkpoint", "old checkpoint",
          "compressed tensors", "recipe", "source of an import")  # fmt: skip
 

@@ -16,7 +16,12 @@ from prunella.errors import RequestError
 from tests.vision import torchvision_or_skip
 
 STEPS = 8
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries themselves
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of the libraries themselves
+    # Lightning keeps the handlers of signals in the model; that of a timeout holds all tests of the session, which
+    # every plan would then search for tensors.
+    pytest.mark.timeout(method="thread"),
+]
 
 
 @pytest.fixture(scope="module")
