@@ -63,7 +63,7 @@ def test_each_source_gives_its_windows_and_they_are_mixed(folder: Path) -> None:
     assert is_high.sum() == 4 and rows[~is_high].lt(30).all() and not is_high[-4:].all()
     expected = torch.cat([b["input_ids"] for b in text_samples(folder / "in", high, nsamples=4, seqlen=10, seed=2)])
     assert sorted(rows[is_high].tolist()) == sorted(expected.tolist())
-    assert [(s.name, s.share, s.windows) for s in drawn.sources] == [(low, 3, 12), (high, 1, 4)]
+    assert [(s.name, s.share, s.windows) for s in drawn.sources] == [("low.txt", 3, 12), ("high.txt", 1, 4)]
     assert drawn.sources == asked.draw(None, folder=folder / "in").sources
 
 

@@ -43,6 +43,20 @@ def test_it_equals_brute_force_on_4_groups_of_6_levels(raw: list[list[tuple[floa
     assert sum(choices[i].cost for choices, i in zip(options, chosen, strict=True)) <= budget * (1 + 1e-9) + 1e-9
 
 
+def test_a_choice_that_meets_both_limits_exactly_is_found_once() -> None:
+    """The solver calls the search for a cheaper one of equal loss infeasible, by rounding."""
+    free, dear = (0.0, 0.0), (0.0, 2.0)
+    raw = [
+        [free] * 6,
+        [(0.0, 1.0)] * 4 + [(0.0, 1e-12), (1.0, 0.0)],
+        [(0.0, 1.0), dear, dear, (1.0, 0.0), (1.0, 0.0), (1.0, 0.0)],
+        [dear] * 4 + [(0.0, 3.0), (6.0, 0.0)],
+    ]
+    options = [[Option(*pair) for pair in choices] for choices in raw]
+    chosen = cheapest(options, 6.0)
+    assert sum(choices[k].loss for choices, k in zip(options, chosen, strict=True)) == pytest.approx(1.0, abs=1e-9)
+
+
 def test_an_infeasible_budget_is_an_error_with_the_least_cost() -> None:
     options = [[Option(3.0, 0.0), Option(1.0, 5.0)], [Option(2.0, 0.0)]]
     assert cheapest(options, 3.0) == (1, 0)

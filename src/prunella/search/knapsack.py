@@ -45,10 +45,13 @@ def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, .
         why = f"the cheapest option of every group costs {least:.6g} together"
         raise TargetMissed(f"a budget of {budget:.6g} cannot be met", why, "allow more, or give smaller options")
     program = _Program(options, limit)
-    first = program.best(program.losses)
+    first, said = program.best(program.losses)
+    if first is None:
+        raise TargetMissed("the solver found no choice within the budget", said, "allow more")
     ceiling = LinearConstraint(program.losses, -np.inf, program.losses[list(first)].sum())
-    second = program.best(program.costs, ceiling)  # the cheaper one of equal loss
-    return tuple(program.options[place] for place in min(first, second, key=program.value))
+    second, _ = program.best(program.costs, ceiling)  # the cheaper one of equal loss
+    # With both limits reached exactly, rounding may leave the solver none: then the first one is the answer.
+    return tuple(program.options[place] for place in min((first, second or first), key=program.value))
 
 
 class _Program:
@@ -77,8 +80,8 @@ class _Program:
         one_of_each = csr_array((np.ones(len(fitting)), (self.groups, np.arange(len(fitting)))))
         self.constraints = [LinearConstraint(one_of_each, 1, 1), LinearConstraint(self.costs, -np.inf, 1.0)]
 
-    def best(self, objective: _Floats, *constraints: LinearConstraint) -> tuple[int, ...]:
-        """Variables of the exact choice that fits with the smallest sum of `objective`.
+    def best(self, objective: _Floats, *constraints: LinearConstraint) -> tuple[tuple[int, ...] | None, str]:
+        """Variables of the exact choice that fits with the smallest sum of `objective`; None, and why, without one.
 
         Without presolve: that drops choices which meet the budget to less than its tolerance.
         """
@@ -88,10 +91,10 @@ class _Program:
                 constraints=[*self.constraints, *constraints], options={"mip_rel_gap": 0.0, "presolve": False},
             )  # fmt: skip
             if solution.x is None:
-                raise TargetMissed("the solver found no choice within the budget", solution.message, "allow more")
+                return None, str(solution.message)
             chosen = tuple(np.flatnonzero(solution.x > 0.5).tolist())
             if sum(self.exact[variable].cost for variable in chosen) <= self.limit:
-                return chosen
+                return chosen, ""
             self.constraints.append(LinearConstraint(solution.x > 0.5, -np.inf, len(chosen) - 1))
 
     def value(self, chosen: tuple[int, ...]) -> tuple[float, float]:
