@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import pty
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 
 import prunella as pr
+from prunella.cli import main
 from prunella.cli.console import emit, note, prepare_streams
 from prunella.errors import BadInput, near_names, printable
 from prunella.io.plan_file import save_plan
 from prunella.measure.text import fitted, table, without_folders
 from prunella.reporting.page import render_page
 from tests.cli.conftest import Run
+from tests.faults.processes import start
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp\r\x9b31m\u2066\ud800\u200b"
 MARKS = ("\x1b", "\x07", "\u202e", "\r", "\x9b", "\u2066", "\ud800", "\u200b")
@@ -175,11 +179,15 @@ def test_a_metric_that_is_no_number(prunella: Run, shop: str) -> None:
 
 
 def test_a_limit_of_the_size_of_files_is_5_for_every_verb(shop: str, tmp_path: Path) -> None:
+    def limit() -> None:
+        # The streams of the process, where pytest has put its own.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
     model = f"{shop}:net --inputs 1x3x8x8"
     for words in (f"scan {model} -o s", f"run {model} --target macs=0.5 -o r", f"export {model} -o x.safetensors"):
-        line = f"ulimit -f 4; {' '.join(PYTHON)} {words}"
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 5 and "full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        done = start(partial(main, words.split()), tmp_path, first=limit).wait()
+        assert done.code == 5 and "full" in done.said and "Traceback" not in done.said, done.said
 
 
 def test_folders_are_cut_off_in_records() -> None:

@@ -1,10 +1,9 @@
-"""A ticket run in a process of its own, which kills itself during a given training: `python -m tests.lottery.job`."""
+"""A ticket run that kills its process during a given training; to be called by `tests.stopping.killed`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 from torch import nn
@@ -18,8 +17,8 @@ DIES_IN, TRAINED = [-1], [0]
 
 
 def die_in(training: int) -> None:
-    """The process is killed in the training of that number."""
-    DIES_IN[0] = training
+    """The process is killed in the training of that number, counted from now."""
+    DIES_IN[0], TRAINED[0] = training, 0
 
 
 def train(model: nn.Module, session: pr.lottery.Session) -> None:
@@ -38,9 +37,3 @@ def job(folder: Path | None, rewind: Rewind) -> Tickets[nn.Sequential]:
     return pr.lottery.find_ticket(
         net(), spec, prune=pr.lottery.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder
     )
-
-
-if __name__ == "__main__":
-    kind = {"weights": pr.lottery.WeightRewind, "rates": pr.lottery.RateRewind}[sys.argv[2]]
-    die_in(int(sys.argv[4]))
-    job(Path(sys.argv[1]), kind(int(sys.argv[3])))

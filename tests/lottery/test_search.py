@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,9 @@ from prunella.lottery.search import Rewind
 from prunella.lottery.session import Session, TrainingPoint, snapshot
 from prunella.model.masks import masks_of
 from prunella.transform.controls import Control, Controls
-from tests.lottery.job import job
+from tests.lottery.job import die_in, job
 from tests.lottery.nets import STEPS, batch, fit, net, spec
-from tests.stopping import records
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.stopping import killed, records
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -246,18 +242,18 @@ def test_a_module_that_cannot_be_drawn_anew_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewind", "die_in"),
+    ("rewind", "number"),
     [(pr.lottery.WeightRewind(0), 2), (pr.lottery.WeightRewind(5), 5), (pr.lottery.RateRewind(4), 3)],
     ids=str,
 )
-def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_path: Path) -> None:
-    kind = "weights" if isinstance(rewind, pr.lottery.WeightRewind) else "rates"
-    arguments = [str(tmp_path / "run"), kind, str(rewind.step), str(die_in)]
-    threads = str(torch.get_num_threads())  # of which there must be as many for the same bits
-    same = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    died = subprocess.run([sys.executable, "-m", "tests.lottery.job", *arguments], cwd=ROOT, env=same, check=False)
-    assert died.returncode == -9
-    assert len(list((tmp_path / "run").glob("*.safetensors"))) == die_in == records(tmp_path / "run")
+def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, number: int, tmp_path: Path) -> None:
+
+    def dying() -> None:
+        die_in(number)
+        job(tmp_path / "run", rewind)
+
+    assert killed(dying) == -signal.SIGKILL
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == number == records(tmp_path / "run")
     torch.rand(3)
     resumed, whole = job(tmp_path / "run", rewind), job(None, rewind)
     assert resumed.rounds == whole.rounds
