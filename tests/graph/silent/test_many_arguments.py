@@ -48,6 +48,34 @@ def test_many_arguments_are_tried_together(other: str) -> None:
     assert len(variants(model, X).batches) <= 4, "seven arguments"
 
 
+class Cancelling(Base):
+    """Many arguments, of which all together compute what none of them does."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        q: bool = False,
+        r: bool = False,
+        s: bool = False,
+        t: bool = False,
+        u: bool = False,
+        w: bool = False,
+    ) -> Tensor:
+        y = self.a(x).relu()
+        y = y.flip(-1) if s else y
+        y = y.flip(-1) if t else y
+        return self.b(y) + self.c(self.free(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("other", ["s", "t"])
+def test_arguments_that_undo_each_other_are_in_different_batches(other: str) -> None:
+    model = Cancelling().eval()
+    plan = pr.plan(model, X, RECIPE, target=pr.Params(0.9))
+    small = pr.shrink(model, plan)
+    assert verify(model, small, plan.changes, {"x": X, other: True}).exact
+
+
 def test_arguments_that_exclude_each_other_are_tried_apart() -> None:
     changes = [variant.changes for variant in variants(Many().eval(), X).batches]
     assert ("p=True",) in changes and any(set(some) >= {"s=True"} for some in changes)
