@@ -63,6 +63,7 @@ def llm(
 def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: bool) -> None:
     """Masks, with one block in memory."""
     from prunella.app.language_job import FolderEnd
+    from prunella.io.files import clean_up_after_kill
     from prunella.llm.calibration import Split
     from prunella.llm.streaming.folder import solve_and_close
     from prunella.llm.streaming.progress import check_output
@@ -72,6 +73,7 @@ def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: b
         folder, recipe, data = _read(request)
         if speaks:
             note(f"{named(data, request.text)}; the same command resumes a killed run")
+            clean_up_after_kill(output)
         check_output(output, overwrite=overwrite)
         end = _end(request, folder, data) if speaks and _alone() else None
         if end is not None:
