@@ -72,3 +72,11 @@ def test_a_percentage_without_its_sign_that_cannot_be_met_gets_a_hint() -> None:
         pr.plan(model, torch.randn(1, 64), target=pr.MACs(50))
     assert "did you mean target=MACs(0.5), 50 %?" in caught.value.todo
     assert not pr.MACs(0.5).hint and not pr.MACs(5000).hint and pr.Params(30).hint
+
+
+def test_a_small_number_that_is_met_is_told_from_a_percentage() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    plan = pr.plan(model, torch.randn(1, 4), target=pr.MACs(50))
+    said = "macs=50 is a number in all, no percentage: did you mean target=MACs(0.5), 50 %?"
+    assert plan.after.macs <= 50 and said in plan.remarks
+    assert not any("in all" in line for line in pr.plan(model, torch.randn(1, 4), target=pr.MACs(0.5)).remarks)

@@ -284,6 +284,6 @@ def test_a_plan_replaces_a_plan_and_nothing_else(prunella: Run, shop: str) -> No
     assert [prunella(*line, "x.plan").code for _ in range(2)] == [0, 0]
     Path("thesis.txt").write_text("mine")
     result = prunella(*line, "thesis.txt")
-    assert result.code == 2 and "exists, and is no plan" in result.err and Path("thesis.txt").read_text() == "mine"
+    assert result.code == 2 and "exists, and is not a plan" in result.err and Path("thesis.txt").read_text() == "mine"
     result = prunella(*line, f"{shop}.py")
     assert result.code == 2 and Path(f"{shop}.py").read_text().startswith("\nimport torch")

@@ -31,6 +31,11 @@ def test_one_file_does_it(pattern: str, file: str) -> None:
     assert files_with(pattern) == {file}
 
 
+def test_a_dictionary_that_others_fill_is_copied_in_one_step() -> None:
+    """`list(d.items())` makes a tuple for each entry; garbage that is collected meanwhile may import and fill `d`."""
+    assert not files_with(r"list\((vars\(|sys\.modules)")
+
+
 def test_training_flags_are_set_back_by_the_guard_alone() -> None:
     assert files_with(r"\.training = (?!False)") == {"model/state.py", "recovery/batchnorm.py"}
 

@@ -139,7 +139,7 @@ def check_new_file(
 def check_new_plan(file: Path | None, source: options.SourceOptions, *others: str | None) -> None:
     """`check_new_file` for a plan, which replaces a plan and nothing else."""
     if file is not None and file.is_file() and not is_plan(file):
-        what = f"{file} exists, and is no plan"
+        what = f"{file} exists, and is not a plan"
         raise RequestError(what, f"{described_path(file)}, and only a plan is replaced", "choose another name")
     check_new_file(file, source, *others, overwrite=True)
 

@@ -85,9 +85,11 @@ def variants(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Varia
         asked = [argument for argument in asked if argument not in simple]
     found = [(argument, tries.of(argument, values)) for argument in asked]
     valued = [(argument, tried) for argument, tried in found if not argument.others and not argument.of_keys]
-    untried = [argument.name for argument, tried in valued if tried is None and argument not in further]
+    untried = [*together.untried, *(argument.name for argument, tried in valued if tried is None)]
+    named_inside = {argument.name for argument in further}  # of `**kwargs`: the caller knows none of them
     batches = tuple(variant for _, tried in found for variant in tried or ())
-    return Variants((*together.batches, *batches), tuple(dict.fromkeys((*together.untried, *untried))))
+    told = dict.fromkeys(name for name in untried if name not in named_inside)
+    return Variants((*together.batches, *batches), tuple(told))
 
 
 def _is_simple(argument: _Argument, values: SourceValues) -> bool:

@@ -15,7 +15,7 @@ from prunella.graph.data import Graph
 from prunella.graph.guesses import attempt
 from prunella.graph.other_sizes import verified
 from prunella.graph.variants import Variant
-from prunella.graph.verify import Addition, Oracle, oracle_of
+from prunella.graph.verify import Addition, Oracle, at_fault
 from prunella.model.contained import contained
 from prunella.model.state import Steady
 from prunella.model.trees import each, tensors
@@ -66,15 +66,12 @@ def check_arguments(oracle: Oracle, graph: Graph, inputs: Any, tried: Sequence[V
 
 
 def wrong_groups(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, wrong: Sequence[Variant]) -> list[str]:
-    """The groups of which a cut is wrong on these calls: found by bisection, as in `unproven`."""
-    names = [name for name, mask in keep.items() if not bool(mask.all())]
-    oracle = oracle_of(model, graph, {name: keep[name] for name in names})
-    if oracle is None or not check_arguments(oracle, graph, inputs, wrong).wrong:
-        return []
-    half, found = len(names) // 2, list[str]()
-    for part in (names[:half], names[half:]) if half else ():
-        found += wrong_groups(model, graph, {name: keep[name] for name in part}, inputs, wrong)
-    return found or names
+    """The groups of which a cut is wrong on these calls, by bisection."""
+
+    def objection(oracle: Oracle) -> str | None:
+        return "wrong" if check_arguments(oracle, graph, inputs, wrong).wrong else None
+
+    return list(at_fault(model, graph, keep, objection))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ In the masked model removed positions are zero, and a dropped block returns its 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -170,25 +170,31 @@ _KEPT = 1 << 19
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
     """Group name -> why its cut cannot be proven. Empty when the model cut by `keep` passes the oracle.
 
-    others: further examples, which it has to pass too. Bisection finds the groups at fault: a set that fails is tried
-    in two halves, down to single groups. If only the full set fails, all of its groups are named.
+    others: further examples, which it has to pass too.
+    """
+    return at_fault(model, graph, keep, partial(_fault, examples=(inputs, *others)))
+
+
+def at_fault(model: nn.Module, graph: Graph, keep: Keep, objection: Callable[[Oracle], str | None]) -> dict[str, str]:
+    """Group name -> the objection to a cut of it. objection: None if the cut of an oracle is right.
+
+    Bisection finds the groups at fault: a set that fails is tried in two halves, down to single groups. If only the
+    full set fails, all of its groups are named.
     """
     names = [name for name, mask in keep.items() if not bool(mask.all())]
-    reason = _fault(model, graph, {name: keep[name] for name in names}, (inputs, *others))
+    oracle = oracle_of(model, graph, {name: keep[name] for name in names})
+    reason = None if oracle is None else objection(oracle)
     if reason is None:
         return {}
     half = len(names) // 2
     faults: dict[str, str] = {}
     for part in (names[:half], names[half:]) if half else ():
-        faults |= unproven(model, graph, {name: keep[name] for name in part}, inputs, others)
+        faults |= at_fault(model, graph, {name: keep[name] for name in part}, objection)
     return faults or dict.fromkeys(names, reason)
 
 
-def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) -> str | None:
-    """The objection of the oracle to a cut; None if the cut passes on all examples."""
-    applied, small = changes(graph, keep), copied(model)
-    change_(small, applied)
-    oracle = Oracle(model, small, applied)
+def _fault(oracle: Oracle, examples: Sequence[Any]) -> str | None:
+    """The objection of the oracle to its cut; None if the cut passes on all examples."""
     for number, inputs in enumerate(examples):
         try:
             verification = oracle.verify(inputs, example=number)
@@ -196,7 +202,7 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) 
             return f"{error.what}: {error.why}"
         if not verification.exact:
             return f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
-    return training_fault(model, small, applied, examples[0]) or None
+    return training_fault(oracle.dense, oracle.small, oracle.done, examples[0]) or None
 
 
 class _DenseFailed(Exception):

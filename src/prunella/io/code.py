@@ -128,8 +128,9 @@ def _loads(codes: Iterable[CodeType]) -> Iterator[tuple[str, str]]:
 
 def changed_globals(space: Mapping[str, Any]) -> set[str]:
     """What the functions and methods of a module change of it."""
-    own = [value for value in space.values() if getattr(value, "__module__", None) == space.get("__name__")]
-    members = (member for value in own if isinstance(value, type) for member in vars(value).values())
+    present = dict(space)  # in one step: an attribute that is asked for may import
+    own = [value for value in present.values() if getattr(value, "__module__", None) == space.get("__name__")]
+    members = (member for value in own if isinstance(value, type) for member in dict(vars(value)).values())
     functions = [function for member in (*own, *members) for function in _functions(member)]
     return _changed((code for one in functions for code in _with_inner(one.__code__)), _GLOBALS, "STORE_GLOBAL")
 

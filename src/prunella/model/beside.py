@@ -46,7 +46,7 @@ def undo_numbers(model: nn.Module) -> list[Callable[[], None]]:
 
 
 def _undo(holder: type | ModuleType) -> Callable[[], None]:
-    numbers = {name: value for name, value in vars(holder).items() if isinstance(value, NUMBERS)}
+    numbers = {name: value for name, value in vars(holder).copy().items() if isinstance(value, NUMBERS)}
 
     def undo() -> None:
         for name, value in vars(holder).copy().items():

@@ -1,4 +1,4 @@
-"""Runs of a model with arguments that nobody asked for: they print nothing and touch no file.
+"""Runs of a model with arguments that nobody asked for: they print nothing, touch no file and start no program.
 
 An argument such as `save_to=` or `debug=True` may write files. Inside, this is an error of the run.
 """
@@ -9,6 +9,7 @@ import builtins
 import contextlib
 import io
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,12 +22,14 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Inside, this thread opens no file for writing, removes and renames none, and its prints go nowhere."""
+    """Inside, this thread changes no file and starts no program, and its prints go nowhere."""
     places: list[tuple[Any, str, Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], bool]]] = [
         (builtins, "open", _opens_to_write),
         (io, "open", _opens_to_write),
         (os, "open", _flags_to_write),
         (torch, "save", _always),
+        (os, "system", _always),
+        (subprocess.Popen, "_execute_child", _always),
         *((os, name, _always) for name in _CHANGES),
     ]
     owner, before = threading.get_ident(), [(place, name, getattr(place, name)) for place, name, _ in places]
@@ -43,7 +46,7 @@ def contained() -> Iterator[None]:
 def _guarded(function: Callable[..., Any], refuses: Callable[..., bool], owner: int) -> Callable[..., Any]:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == owner and refuses(function, args, kwargs):
-            raise PermissionError(f"{function.__name__}: a trial run of a model changes no file")
+            raise PermissionError(f"{function.__name__}: a trial run of a model changes no file and starts no program")
         return function(*args, **kwargs)
 
     return guarded

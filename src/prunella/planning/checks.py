@@ -13,7 +13,7 @@ from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabu
 from prunella.model.traceable import check_traceable
 from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import REGISTRY, MethodKind, needs_of
-from prunella.targets import Sparsity, Target, Threshold
+from prunella.targets import Bytes, MACs, Params, Sparsity, Target, Threshold
 
 
 def check_function(function: object, kind: MethodKind) -> None:
@@ -122,6 +122,13 @@ def foreign_weights(model: nn.Module) -> tuple[str, ...]:
     shown = ", ".join(f"{name} ({kind})" for name, kind in [*kinds.items()][:6])
     more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
     return (f"not pruned, since only their own library reads them: {shown}{more}",) if kinds else ()
+
+
+def small_number(target: Target | None) -> tuple[str, ...]:
+    """A remark on a target such as `MACs(50)`: it was met as a number, and 50 % may have been meant."""
+    if not isinstance(target, MACs | Params | Bytes) or not target.hint:
+        return ()
+    return (f"{target} is a number in all, no percentage: {target.hint}",)
 
 
 NO_FLOAT64 = frozenset({"mps"})

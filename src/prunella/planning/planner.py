@@ -37,7 +37,7 @@ from prunella.planning.candidates import (
     CandidateUnits,
     allocate_budget,
 )
-from prunella.planning.checks import check_finite, check_threshold, checked_target, foreign_weights
+from prunella.planning.checks import check_finite, check_threshold, checked_target, foreign_weights, small_number
 from prunella.planning.loadable import KeptUnits, Loadable, costs_of_reading, read_by
 from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
@@ -122,7 +122,7 @@ def plan(
         request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
         costs = partial(costs_of_reading, free) if loadable is not None else no_costs
         plan = plan_structure(request, costs) if structural else masked_plan(request)
-    return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
+    return replace(plan, remarks=(*plan.remarks, *foreign_weights(model), *small_number(target)))
 
 
 def _check_recipe(recipe: object) -> None:

@@ -70,10 +70,10 @@ def _groups(graph: Graph) -> set[str]:
 def argument_remarks(request: Request, check: ArgumentCheck) -> Iterator[str]:
     """What was found with other arguments, and which were not tried."""
     if request.traced:
-        yield f"traced {_all(request.traced)} too, where cuts are wrong that are right on the example"
+        yield f"also traced {_all(request.traced)}, where a cut that is right on the example would be wrong"
     if check.as_cut:
         what = "some outputs, or tensors that the model keeps, are inner units or states of blocks"
-        yield f"{_all(check.as_cut)} {what}: those of the kept alone"
+        yield f"{_all(check.as_cut)} {what}: the smaller model has those of the kept ones"
     if check.beyond:
         what = "some outputs depend on how many units there are: they are those of the smaller model, and not compared"
         yield f"{_all(check.beyond)} {what}"
@@ -81,7 +81,7 @@ def argument_remarks(request: Request, check: ArgumentCheck) -> Iterator[str]:
         yield f"{_all(check.fails)} the smaller model does not run: some outputs depend on how many units there are"
     untried = request.tried.untried if request.tried else ()
     if untried:
-        yield f"not tried with another value, since no guess runs: {listed(untried)}; an example may"
+        yield f"no other value was tried, since the model took none of the guesses: {listed(untried)}; give examples"
 
 
 def _all(variants: Sequence[Variant]) -> str:

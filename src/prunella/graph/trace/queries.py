@@ -47,7 +47,7 @@ def queries_answered(answered: Answered, model: nn.Module | None) -> Iterator[No
 
 
 def _names_of(function: Any, file: ModuleType) -> list[str]:
-    return [name for name, value in list(vars(file).items()) if value is function]
+    return [name for name, value in vars(file).copy().items() if value is function]
 
 
 def _around(function: Callable[..., Any], query: str, answered: Answered) -> Callable[..., Any]:
