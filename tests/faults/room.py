@@ -35,11 +35,13 @@ TOLD = re.compile(r"[\d,]+ bytes|the disk is full")
 PAGE = 4096
 
 
-def wrong_end(home: Path, ended: Ended, before: dict[str, str], expected: dict[str, str]) -> str:
-    """What is wrong with a call that had too little room."""
+def wrong_end(
+    home: Path, ended: Ended, before: dict[str, str], expected: dict[str, str], *, limit: int | None = None
+) -> str:
+    """What is wrong with a call that had too little room. limit: of the size of files, that of its messages too."""
     if ended.code not in (0, FULL) or "Traceback" in ended.said:
         return f"exit code {ended.code}: {ended.said[-800:]}"
-    complete = len(ended.said) >= 200  # what it says goes to a file too, which the limit may cut short
+    complete = ended.said.endswith("\n") and (limit is None or len(ended.said.encode()) < limit)
     if ended.code == FULL and complete and not TOLD.search(ended.said):
         return f"it does not say what is full: {ended.said[-300:]}"
     left = [name for name in contents(home) if LEFT.search(name)]
@@ -55,7 +57,7 @@ def limited(verb: Verb, home: Path, size: int, expected: dict[str, str]) -> str:
         last=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2),
     ).wait()  # fmt: skip
     wrong = "the source was changed" if bytes_of(home / "source") != source else ""
-    return wrong or wrong_end(home, ended, before, expected) or second_call(verb, home, expected)
+    return wrong or wrong_end(home, ended, before, expected, limit=size) or second_call(verb, home, expected)
 
 
 @contextmanager
