@@ -1,18 +1,23 @@
 """For all tests: transformers imports torchvision, whose own operators may not fit a CPU build of torch.
 
-The slow tests run first, so that at the end no process waits for one of them.
+The slow tests run first, so that at the end no process waits for one of them. No test asserts a time, so that what is
+timed takes few samples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import signal
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from prunella.io.load import import_module
+from prunella.measure import timing
 
 if importlib.util.find_spec("torchvision") is not None:
     with warnings.catch_warnings():
@@ -27,3 +32,34 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow ones first, all others in their order."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collecting garbage need not look through it each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(7000, 10, 20)
+
+
+_measure = timing._measure
+_FEW = 5
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_samples() -> Iterator[None]:
+    """Comparisons of latencies in this process take five rounds of single calls, whatever they say."""
+
+    def measure(candidates: Any, rounds: int, *rest: Any) -> Any:
+        return _measure(candidates, min(rounds, _FEW), *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(timing, "_measure", measure)
+        patched.setattr(timing, "_SHORTEST", 0.0)
+        yield
+
+
+@pytest.fixture
+def every_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons take all the samples that they say."""
+    monkeypatch.setattr(timing, "_measure", _measure)
+    monkeypatch.setattr(timing, "_SHORTEST", 2e-3)

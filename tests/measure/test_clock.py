@@ -15,6 +15,8 @@ from prunella.cli.console import stage
 from prunella.measure.clock import fake_clock, now, since, thread_time
 from prunella.measure.timing import own_clock, side_by_side
 
+pytestmark = pytest.mark.usefixtures("every_sample")
+
 SOURCE = Path(prunella.__file__).parent
 
 

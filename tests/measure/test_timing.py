@@ -14,6 +14,8 @@ from prunella.measure import timing as latency
 from prunella.measure.profile import OTHER, peak_memory, time_by_layer
 from prunella.measure.timing import LatencySamples, Ratio, compare_latency, paired_ratio
 
+pytestmark = pytest.mark.usefixtures("every_sample")
+
 
 @pytest.mark.parametrize(
     ("ratio", "verdict"),
