@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -40,15 +41,23 @@ def values_beside(model: nn.Module) -> Iterator[Any]:
                 yield value
 
 
+def is_same(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Whether a namespace holds the same objects under the same names: after most runs it does, and this is quick."""
+    return now.keys() == before.keys() and all(map(is_, now.values(), before.values()))
+
+
 def undo_numbers(model: nn.Module) -> list[Callable[[], None]]:
     """Functions that restore the plain numbers in these classes and files."""
     return [_undo(holder) for holder in beside(model)]
 
 
 def _undo(holder: type | ModuleType) -> Callable[[], None]:
-    numbers = {name: value for name, value in vars(holder).copy().items() if isinstance(value, NUMBERS)}
+    before = vars(holder).copy()
+    numbers = {name: value for name, value in before.items() if isinstance(value, NUMBERS)}
 
     def undo() -> None:
+        if is_same(vars(holder).copy(), before):
+            return
         for name, value in vars(holder).copy().items():
             if isinstance(value, NUMBERS) and name not in numbers and not name.startswith("__"):
                 delattr(holder, name)

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from prunella.model.beside import CONTAINERS, undo_numbers, values_beside
+from prunella.model.beside import CONTAINERS, is_same, undo_numbers, values_beside
 from prunella.model.executed import is_source
 from prunella.model.trees import is_empty
 
@@ -113,14 +113,16 @@ def attribute_undos(model: nn.Module) -> list[Undo]:
 
 def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
     """Undo changes of plain attributes, so that no cache remains after a run. seen: values restored elsewhere."""
-    before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
+    held = attributes.copy()
+    before = {key: value for key, value in held.items() if key not in _MACHINERY}
     hooks = [value for value in before.values() if is_empty(value)]
     undos = [undo for value in before.values() if not is_empty(value) for undo in _undos_of(value, seen)]
 
     def undo() -> None:
-        for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
-            del attributes[key]
-        attributes.update(before)
+        if not is_same(attributes, held):
+            for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
+                del attributes[key]
+            attributes.update(before)
         for value in hooks:
             if not is_empty(value):
                 value.clear()

@@ -1,15 +1,16 @@
-"""The same run in two processes under torchrun with gloo, against one process; and training with FSDP2 after it."""
+"""The same run in two processes with gloo, as torchrun starts them, against one process; and training with FSDP2."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import socket
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prunella as pr
@@ -18,39 +19,6 @@ from prunella.recovery import hold_sharded_
 from tests.llm.streaming.models import data, read, write
 
 REFINED = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=1))
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import tests.conftest  # before transformers: what it does is for every process
-import torch.distributed as dist
-from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-
-import prunella as pr
-from tests.llm.streaming.models import data
-from tests.llm.streaming.test_distributed import REFINED, net, train
-from transformers import LlamaForCausalLM
-
-dist.init_process_group("gloo")
-group, source, output = pr.llm.process_group(), Path(sys.argv[1]), Path(sys.argv[2])
-pr.llm.solve_folder(source, output / "plain", pr.llm.OneShot(), data=data(5), memory="64GB")
-pr.llm.solve_folder(source, output / "refined", REFINED, data=data(5))
-
-model = LlamaForCausalLM.from_pretrained(source).eval()
-pr.llm.solve_(model, data()[0], pr.llm.OneShot(), data=group.shard(data(5)), distributed=group)
-save_file({k: v.clone() for k, v in model.state_dict().items()}, output / f"in_memory_{group.rank}.safetensors")
-
-small = net()
-for block in (*small, small):
-    if list(block.parameters()):
-        fully_shard(block)
-train(small, half=group.rank)
-whole = {name: value.full_tensor() for name, value in small.state_dict().items()}
-if group.is_main:
-    save_file(whole, output / "trained.safetensors")
-dist.destroy_process_group()
-"""
 
 
 def net() -> nn.Module:
@@ -77,16 +45,65 @@ def train(model: nn.Module, *, half: int | None = None) -> None:
     release()
 
 
+def job(source: Path, output: Path) -> None:
+    """What each of the two processes does."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    group = pr.llm.process_group()
+    pr.llm.solve_folder(source, output / "plain", pr.llm.OneShot(), data=data(5), memory="64GB")
+    pr.llm.solve_folder(source, output / "refined", REFINED, data=data(5))
+
+    model = pytest.importorskip("transformers").LlamaForCausalLM.from_pretrained(source).eval()
+    pr.llm.solve_(model, data()[0], pr.llm.OneShot(), data=group.shard(data(5)), distributed=group)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, output / f"in_memory_{group.rank}.safetensors")
+
+    small = net()
+    for block in (*small, small):
+        if list(block.parameters()):
+            fully_shard(block)
+    train(small, half=group.rank)
+    whole = {name: value.full_tensor() for name, value in small.state_dict().items()}
+    if group.is_main:
+        save_file(whole, output / "trained.safetensors")
+    dist.destroy_process_group()
+
+
+def in_child(work: Callable[[], None], environment: dict[str, str], log: Path) -> int:
+    """The number of a forked process that does this work; what it raises is in the log."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ.update(environment)
+            work()
+            os._exit(0)
+        except BaseException:
+            log.write_text(traceback.format_exc())
+        finally:
+            os._exit(1)
+    return child
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes made of the model in `in`."""
+    """What two processes made of the model in `in`. They have the variables that torchrun sets, and no new imports."""
     place = tmp_path_factory.mktemp("two")
     write(place / "in")
-    (place / "job.py").write_text(SCRIPT)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(place / "job.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*line, str(place / "in"), str(place)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [
+        in_child(
+            lambda: job(place / "in", place),
+            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            place / f"{rank}.log",
+        )
+        for rank in range(2)
+    ]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], [file.read_text()[-3000:] for file in place.glob("*.log")]
     return place
 
 

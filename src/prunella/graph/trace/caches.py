@@ -65,7 +65,9 @@ def _is_own_object(value: object) -> bool:
 
 
 def _hidden_in(holder: Any) -> list[tuple[str, Any]]:
-    # The types first: this looks at every name of every imported file.
+    # This looks at every name of every imported file, most of which have none.
+    if _KINDS.isdisjoint(map(type, vars(holder).copy().values())):
+        return []
     return [(name, v) for name, v in vars(holder).copy().items() if type(v) in _KINDS and _hides(_bare(v))]
 
 

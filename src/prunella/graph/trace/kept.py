@@ -32,7 +32,7 @@ def kept_on(model: nn.Module) -> dict[str, Tensor]:
     without: set[int] = set()  # values without tensors, such as a configuration that all modules share
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name in _OWN or type(value) in _ATOMS or id(value) in without or is_empty(value):
+            if type(value) in _ATOMS or name in _OWN or is_empty(value) or id(value) in without:
                 continue
             inside = tensors(value)
             if not inside:
