@@ -1,7 +1,7 @@
 """For all tests: transformers imports torchvision, whose own operators may not fit a CPU build of torch.
 
 The slow tests run first, so that at the end no process waits for one of them. No test asserts a time, so that what is
-timed takes few samples.
+timed takes few samples. Guesses of sizes are for the tests of coupling: the others check what follows from a plan.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import importlib.util
 import signal
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prunella.graph import guesses
 from prunella.io.load import import_module
 from prunella.measure import timing
 
@@ -55,6 +57,18 @@ def few_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timing, "_measure", measure)
         patched.setattr(timing, "_SHORTEST", 0.0)
+        yield
+
+
+_COUPLING = {"generated", "graph", "laws", "model", "oracles", "planning", "stats", "transform", "zoo"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_guesses(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Outside the folders on coupling, plans try the two nearest of the sizes that the source may treat otherwise."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.path.relative_to(Path(__file__).parent).parts[0] not in _COUPLING:
+            patched.setattr(guesses, "_RUNS", 2)
         yield
 
 
