@@ -113,7 +113,7 @@ def _scaled(losses: _Floats, groups: _Floats) -> _Floats:
     return scaled
 
 
-@search(source="Frantar & Alistarh 2022, arXiv:2203.04593; Shen et al. 2021, arXiv:2110.10811")
+@search(source="Frantar & Alistarh 2022, arXiv:2201.13096; Shen et al. 2021, arXiv:2110.10811")
 def knapsack(space: Space, target: Target, scan: Scan, *, predict: Predict | None = None) -> SearchResult:
     """Choose one point of a sensitivity scan for each group: the smallest sum of losses within the budget.
 
