@@ -195,6 +195,12 @@ def concept_pages() -> None:
         write(page, text)
 
 
+def evidence_page() -> None:
+    import evidence
+
+    write("evidence.md", evidence.page_text(evidence.read()) + "\n")
+
+
 def concept_links(row: Any) -> str:
     """Two more entries for the list of a section: functions, with links to the pages of methods, and tests."""
     known = {f"{method.function.__module__}.{method.function.__qualname__}": method.name for method in methods()}
@@ -218,3 +224,4 @@ api_pages()
 types_page()
 copied_pages()
 concept_pages()
+evidence_page()
