@@ -24,8 +24,8 @@ _HEAD = (
     "Where the numbers of the README and of these pages come from. A check fails when a table of results has no record",
     "here, when a record names a script or a file that is not there, or when a number is not the one in that file.",
     "",
-    "Processors were not recorded in the first weeks. Ratios were measured in interleaved rounds, so they hold on machines",
-    "of that kind; seconds do not.",
+    "Processors were not recorded in the first weeks. Ratios were measured in interleaved rounds, so they hold on",
+    "machines of that kind; seconds do not.",
 )
 _RULE = re.compile(r"^\|[\s:|-]+\|$")
 _NUMBER = re.compile(r"^\**[-+]?(\d|\.\d)")

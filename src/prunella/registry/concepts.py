@@ -58,6 +58,12 @@ def search(text: str) -> list[Concept]:
     return [concept for rank, concept in sorted(ranks, key=lambda pair: pair[0]) if rank < _NO_MATCH]
 
 
+def pages_of(method: str) -> tuple[str, ...]:
+    """The sections of the documentation on the concepts that a method belongs to."""
+    rows = [row for row in concepts() if any(name.rpartition(".")[2] == method for name in row.python)]
+    return tuple(row.page for row in rows if row.page.startswith("concepts/"))
+
+
 def near(text: str) -> list[str]:
     """Words of concepts that resemble a text."""
     known = {_plain(word): word for concept in concepts() for name in _names(concept) for word in (name, *name.split())}
