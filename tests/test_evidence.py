@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -61,3 +62,31 @@ def test_the_page_names_every_record(evidence: ModuleType) -> None:
     text = evidence.page_text(evidence.read())
     for record in evidence.read():
         assert f"`{record.command}`" in text and record.date in text and record.machine in text
+
+
+SOURCES = ("benchmarks", "sparse_inference", "llm", "llm_structured", "zoo", "large")
+DECIMAL = re.compile(r"(?<![\w.:/])\d*\.\d+")
+
+
+def prose(text: str) -> str:
+    """A page without code, links and tables, which have records of their own."""
+    lines = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines()
+    plain = "\n".join(line for line in lines if not line.startswith("|"))
+    return re.sub(r"`[^`]*`|\]\([^)]*\)|Python 3\.\d+", "", plain)
+
+
+def untold(text: str, known: list[float]) -> list[str]:
+    """Decimal numbers that are neither known numbers nor known numbers rounded."""
+    margins = [(number, 0.51 * 10.0 ** -len(number.partition(".")[2])) for number in DECIMAL.findall(text)]
+    return [number for number, margin in margins if not any(abs(value - float(number)) <= margin for value in known)]
+
+
+@pytest.mark.parametrize("page", ["../README.md", "index.md", "how-to-choose.md", "recovery.md", "peers.md"])
+def test_numbers_of_the_text_stand_on_a_page_with_records(page: str) -> None:
+    sources = "".join((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in SOURCES)
+    known = [float(number) for number in DECIMAL.findall(sources)]
+    assert untold(prose((DOCS / page).read_text(encoding="utf-8")), known) == []
+
+
+def test_a_number_of_the_text_without_a_record_is_seen() -> None:
+    assert untold(prose("| 9.99 |\nIt has 82.9 and `1.5` and 77.77 %."), [82.90, 77.7]) == ["77.77"]
