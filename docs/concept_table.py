@@ -1,10 +1,10 @@
-"""The table of the 85 concepts: number, name, function, oracle test, page; and the check that nothing in it is made up.
+"""The table of the 85 concepts: number, name, function, oracle test, section; and the check that nothing is made up.
 
     python docs/concept_table.py            # the table as Markdown
     python docs/concept_table.py --check    # exit 1 if a row is missing, or names what does not exist
     python docs/concept_table.py --package  # write the table that `prunella explain` reads, glossary included
 
-One file of rows for each part of the subject lies in `docs/concepts/`.
+One file of rows for each part of the subject lies in `docs/concepts/`, beside the pages with a section for each.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 85
 PACKAGED = ROOT / "src" / "prunella" / "registry" / "concepts.toml"
+PARTS = ("Measured", "Avoid", "Source", "Also called")
+"""The list at the end of each section."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """One row. `functions` are dotted paths, `tests` are `file.py::function`, `page` lies below docs/."""
+    """One row. `functions` are dotted paths, `tests` are `file.py::function`, `page` is a section below docs/."""
 
     number: int
     name: str
@@ -53,9 +55,35 @@ def faults(rows: list[Concept]) -> list[str]:
                   ("test", row.tests)) if not some]  # fmt: skip
         found += [f"concept {row.number}: no function {name}" for name in row.functions if not _exists(name)]
         found += [f"concept {row.number}: no test {test}" for test in row.tests if not _tested(test)]
-        if not _page(row.page):
-            found.append(f"concept {row.number}: no page {row.page}")
+        found += [f"concept {row.number}: {fault}" for fault in _section_faults(row)]
     return found
+
+
+def anchor(heading: str) -> str:
+    """The anchor that the site gives to a heading."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def section(row: Concept) -> str:
+    """The text below the heading of a concept, empty if its page has no such heading."""
+    file = ROOT / "docs" / row.page.partition("#")[0]
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return text.partition(f"\n## {row.name}\n")[2].partition("\n## ")[0]
+
+
+def part(row: Concept, name: str) -> str:
+    """One entry of the list at the end of a section, on one line."""
+    found = re.search(rf"^- \*\*{name}:\*\* (.+?)(?=^- |^#|\Z)", section(row), re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _section_faults(row: Concept) -> list[str]:
+    text = section(row)
+    if not text or row.page.partition("#")[2] != anchor(row.name):
+        return [f"no section {row.page}"]
+    missing = [f"no {name} in its section" for name in PARTS if not part(row, name)]
+    missing += [] if re.search(r"^Formula: \S", text, re.MULTILINE) else ["no formula in its section"]
+    return missing + ([] if "\n```python\n" in text else ["no lines that run in its section"])
 
 
 def table(rows: list[Concept]) -> str:
@@ -70,7 +98,7 @@ def table(rows: list[Concept]) -> str:
 
 def packaged(rows: list[Concept]) -> str:
     """The concepts and the glossary as TOML, with the names to type."""
-    entries = [(row.name, [], [_typed(name) for name in row.functions], row.page) for row in rows]
+    entries = [(row.name, _words(row), [_typed(name) for name in row.functions], row.page) for row in rows]
     entries += [(word, also, python, "glossary.md") for word, also, python in _glossary()]
     keys = ("name", "words", "python", "page")
     blocks = ["\n".join(["[[concept]]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}"
@@ -78,6 +106,11 @@ def packaged(rows: list[Concept]) -> str:
     return "# Written by docs/concept_table.py --package from docs/concepts and docs/glossary.md.\n\n" + (
         "\n\n".join(blocks) + "\n"
     )
+
+
+def _words(row: Concept) -> list[str]:
+    """What others call it. A comma inside brackets parts nothing."""
+    return re.split(r", (?![^(]*\))", part(row, "Also called"))
 
 
 def _glossary() -> list[tuple[str, list[str], list[str]]]:
@@ -128,14 +161,6 @@ def _tested(test: str) -> bool:
         return False
     nodes = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
     return any(isinstance(node, ast.FunctionDef) and node.name == name.split("::")[-1] for node in nodes)
-
-
-def _page(page: str) -> bool:
-    from prunella.registry.catalogue import methods
-
-    if page.startswith("methods/"):
-        return page.removeprefix("methods/").removesuffix(".md") in {method.name for method in methods()}
-    return (ROOT / "docs" / page.partition("#")[0]).is_file()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import inspect
 import re
 import sys
@@ -179,11 +180,42 @@ def copied_pages() -> None:
         write(f"{name.lower()}.md", text)
 
 
-def concept_page() -> None:
+def concept_pages() -> None:
+    """The table, and below each section what of the library belongs to it and what proves it."""
     import concept_table
 
+    rows = concept_table.read()
     head = "# All concepts\n\nThe subject in 85 concepts: where each is, and the test that proves it by a number.\n\n"
-    write("concepts.md", head + concept_table.table(concept_table.read()) + "\n")
+    write("concepts.md", head + concept_table.table(rows) + "\n")
+    for page in {row.page.partition("#")[0] for row in rows}:
+        text = (concept_table.ROOT / "docs" / page).read_text(encoding="utf-8")
+        for row in rows:
+            old = concept_table.section(row) if row.page.startswith(f"{page}#") else ""
+            text = text.replace(old, f"{old.rstrip()}\n{concept_links(row)}\n") if old else text
+        write(page, text)
+
+
+def evidence_page() -> None:
+    import evidence
+
+    write("evidence.md", evidence.page_text(evidence.read()) + "\n")
+
+
+def concept_links(row: Any) -> str:
+    """Two more entries for the list of a section: functions, with links to the pages of methods, and tests."""
+    known = {f"{method.function.__module__}.{method.function.__qualname__}": method.name for method in methods()}
+    places = [known.get(path, known.get(actual(path), "")) for path in row.functions]
+    names = [path.rpartition(".")[2] for path in row.functions]
+    links = [f"[`{n}`](../methods/{p}.md)" if p else f"`{n}`" for n, p in zip(names, places, strict=True)]
+    tests = [f"`{test.removeprefix('tests/')}`" for test in row.tests]
+    return "- **In the library:** " + ", ".join(links) + "\n- **Proven by:** " + ", ".join(tests)
+
+
+def actual(path: str) -> str:
+    """Where what a dotted path names is defined."""
+    owner, _, name = path.rpartition(".")
+    value = getattr(importlib.import_module(owner), name)
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 method_pages()
@@ -191,4 +223,5 @@ command_page()
 api_pages()
 types_page()
 copied_pages()
-concept_page()
+concept_pages()
+evidence_page()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
+    (ROOT / "docs").rglob("*.md")
 )
 LINK = re.compile(r"\]\((?!https?://|mailto:|#)([^)\s]+)\)")
 GENERATED = {
@@ -23,7 +23,7 @@ def is_generated(place: Path) -> bool:
     return any(name == made or name.startswith(f"{made}/") for made in GENERATED)
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: f"{text.relative_to(ROOT)}")
 def test_every_relative_link_leads_somewhere(text: Path) -> None:
     if is_generated(text):
         return
@@ -36,7 +36,7 @@ def test_every_relative_link_leads_somewhere(text: Path) -> None:
             assert place.exists(), f"{link} in {text.name} leads nowhere"
 
 
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.name)
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: f"{text.relative_to(ROOT)}")
 def test_every_anchor_is_a_heading(text: Path) -> None:
     if is_generated(text):
         return

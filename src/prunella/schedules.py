@@ -30,6 +30,12 @@ def single_step(progress: float) -> float:
 
     `f(p) = 1 for p > 0, else 0`.
 
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.schedules.single_step(0.0), pr.schedules.single_step(0.01)
+        (0.0, 1.0)
+
     Use: pruning after training with one recovery at the end. Avoid: more than about 80 % without distillation.
     """
     return float(_checked(progress) > 0)
@@ -40,6 +46,12 @@ def linear(progress: float) -> float:
     """An equal step at every update.
 
     `f(p) = p`.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> [round(pr.schedules.linear(k / 4), 3) for k in range(5)]
+        [0.0, 0.25, 0.5, 0.75, 1.0]
 
     Use: a plain reference for other schedules. Avoid: high sparsity, where the last steps hurt most.
     """
@@ -53,6 +65,12 @@ def cubic(progress: float) -> float:
     `f(p) = 1 - (1 - p)^3`. At a final sparsity of 0.9 the sparsity is 0.2439, 0.5203, 0.7875, 0.8859 and 0.9 at
     p = 0.1, 0.25, 0.5, 0.75 and 1.
 
+    Example:
+
+        >>> import prunella as pr
+        >>> [round(pr.schedules.cubic(k / 4), 3) for k in range(5)]
+        [0.0, 0.578, 0.875, 0.984, 1.0]
+
     Use: pruning during training; the usual choice. Avoid: runs that start from random weights, where early scores are
     not informative.
     """
@@ -64,6 +82,12 @@ def cosine(progress: float) -> float:
     """Small steps at both ends.
 
     `f(p) = (1 - cos(pi p)) / 2`.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> [round(pr.schedules.cosine(k / 4), 3) for k in range(5)]
+        [0.0, 0.146, 0.5, 0.854, 1.0]
 
     Use: a gentle start and end. Avoid: short runs, whose first tenth removes almost nothing.
     """
@@ -79,6 +103,12 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
 
     rho: compression ratio, above 1; the reciprocal of the final density gives SynFlow's own schedule.
     Errors: RequestError for rho of at most 1.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> [round(1 - 0.99 * pr.schedules.exponential(k / 5), 4) for k in range(1, 6)]
+        [0.3981, 0.1585, 0.0631, 0.0251, 0.01]
 
     Use: a very small density in many rounds, as at initialization. Avoid: moderate sparsity, where `cubic` is as good
     and better known.
@@ -101,6 +131,12 @@ def acdc(progress: float, *, cycles: int = 8, warmup: float = 0.1, last: float =
     cycles: pairs of phases, at least 1. warmup, last: parts of the run, each above 0, together below 1.
     Errors: RequestError for knobs out of range.
 
+    Example:
+
+        >>> import prunella as pr
+        >>> [pr.schedules.acdc(k / 10, cycles=2) for k in range(11)]
+        [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0]
+
     Use: training a sparse and a dense network from scratch in one run. Avoid: short runs and fine-tuning, where half of
     the steps train weights that are removed.
     """
@@ -120,6 +156,12 @@ def rounds(count: int, *, of_survivors: float | None = None, of_all: float | Non
     `of_survivors=p`: `1 - (1 - p)^k` after round k, the curve of `exponential(k / count, rho=(1 - p)^-count)`: LeNet's
     20 % a round leaves 80, 64, 51.2 % and so on. `of_all=p`: `k p`, the curve of `linear`. Exactly one of both.
     Errors: RequestError unless the numbers describe rounds.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.schedules.rounds(2, of_survivors=0.5)
+        (Sparsity(value=0.5, of='prunable'), Sparsity(value=0.75, of='prunable'))
     """
     if count < 1 or (of_survivors is None) == (of_all is None):
         what = f"count={count}, of_survivors={of_survivors}, of_all={of_all} do not describe rounds"

@@ -48,6 +48,11 @@ def test_explain_finds_a_concept_and_names_what_to_type(prunella: Run, words: st
     assert name in [typed for row in prunella("explain", words, "--json").data for typed in row["python"]]
 
 
+def test_explain_leads_to_the_sections_of_a_method(prunella: Run) -> None:
+    assert "docs:   methods/wanda.md, concepts/transformers.md#wanda" in prunella("explain", "wanda").out
+    assert "docs:        concepts/schedules.md#gradual-cubic-pruning-agp" in prunella("explain", "GMP").out
+
+
 def test_explain_suggests_a_concept(prunella: Run) -> None:
     assert "lottery" in prunella("explain", "lotery").err
 

@@ -21,7 +21,7 @@ _NO_SHARES: Shares = MappingProxyType({})
 _NO_DROPS: Drops = MappingProxyType({})
 
 
-@allocation(source="Yang et al. 2018, arXiv:1804.03230; Frantar & Alistarh 2022, arXiv:2203.04593")
+@allocation(source="Yang et al. 2018, arXiv:1804.03230; Frantar & Alistarh 2022, arXiv:2201.13096")
 def fixed(pools: Sequence[Pool], *, shares: Shares = _NO_SHARES) -> list[Tensor]:
     """Sparsities of groups in given proportions, scaled by one factor until the target is met.
 

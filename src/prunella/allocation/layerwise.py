@@ -45,6 +45,16 @@ def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
     last: in [0, 1], largest sparsity of the last layer.
     Errors: RequestError for `last` out of range.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.uniform_plus)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5))
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [16, 8]
+
     Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structured pruning, where
     the last pool is not the classifier.
     """
@@ -69,6 +79,16 @@ def erk(pools: Sequence[Pool]) -> list[Tensor]:
     removed, `-(1 - (r + 1/2) / n) * prod(dims) / sum(dims)`. This key implies the cap at 1 and the new solution after
     it. Meant for masks. For channels the producer's weight gives the dimensions.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.erk)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5))
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [13, 11]
+
     Use: masks at high sparsity, and drop-and-grow training. Avoid: MACs targets, since early layers are kept dense.
     """
     return [(_middles(pool.size) - 1) / _raw(pool.shape) for pool in pools]
@@ -79,6 +99,13 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
 
     A layer above 1 is set to 1 and the others are solved again, until no layer exceeds 1. The mean, weighted by size,
     is exactly `density`.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> densities = pr.allocation.erk_densities([(300, 784), (100, 300), (10, 100)], 0.1)
+        >>> [round(density, 4) for density in densities]
+        [0.0796, 0.2302, 1.0]
     """
     sizes = [math.prod(shape) for shape in shapes]
     raws = [_raw(shape) for shape in shapes]

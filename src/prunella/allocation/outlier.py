@@ -25,6 +25,16 @@ def owl(pools: Sequence[Pool], *, m: float = 5.0, limit: float = 0.08) -> list[T
     Layers with equal fractions of outliers get equal sparsity, as under `uniform`.
     Errors: RequestError for knobs out of range.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.wanda, pr.Element(), pr.allocation.owl)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5), data=[x])
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [16, 8]
+
     Use: single weights of language models above 60 %, with `wanda`. Avoid: N:M, whose sparsity is fixed, and structured
     pruning.
     """

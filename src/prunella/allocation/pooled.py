@@ -74,6 +74,16 @@ def isomorphic(pools: Sequence[Pool]) -> list[Tensor]:
     a group and their roles (convolutions, norms, the number of each), not its width. Norms are therefore compared only
     where they have the same meaning. With one topology it is `global_`, with one per group `uniform`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.isomorphic)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5))
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [16, 8]
+
     Use: networks that mix attention, depthwise and plain convolutions. Avoid: networks of one kind of layer, where it
     is `global_`.
     """
@@ -98,6 +108,16 @@ def lamp(pools: Sequence[Pool]) -> list[Tensor]:
     `key_u = w_u^2 / sum_{v >= u} w_v^2`, suffix sums in float64. The largest weight of every layer has key 1, so that
     no layer is emptied before the others. This order is the greedy choice of the smallest relative distortion of a
     layer. Made for `magnitude` with p=1; any non-negative score may take the place of `|w|`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.lamp)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5))
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [13, 11]
 
     Use: masks by magnitude, at any sparsity. Avoid: scores with a sign, and structured pruning.
     """

@@ -23,6 +23,16 @@ def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) ->
 
     rate: in (0, 1), relative to the survivors. last: factor in (0, 1] on the rate of the layer that runs last.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.per_round)
+        >>> plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5))
+        >>> [int(mask.sum()) for mask in plan.masks.values()]
+        [13, 11]
+
     Use: iterative pruning of single weights with `prunella.lottery.imp`. Avoid: channels, where the last group is not
     the output of the network.
     """

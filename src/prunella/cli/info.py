@@ -130,6 +130,7 @@ def explain(
 
 def _method_text(method: Mapping[str, Any]) -> str:
     from prunella.cli.typed import typed
+    from prunella.registry.concepts import pages_of
 
     head = f"{method['name']} ({method['kind']}, {method['status']})"
     lines = [head, "", method["doc"], "", f"source: {method['source']}"]
@@ -137,7 +138,8 @@ def _method_text(method: Mapping[str, Any]) -> str:
         lines.append(f"needs:  {', '.join(method['needs'])}")
     lines += [f"type:   {line}" for line in typed([method["name"]])]
     lines += [f"knob:   {knob} = {value}" for knob, value in method["knobs"].items()]
-    return "\n".join(lines)
+    pages = (f"methods/{method['name']}.md", *pages_of(method["name"]))
+    return "\n".join([*lines, f"docs:   {', '.join(pages)}"])
 
 
 def _concept_text(row: Concept) -> str:

@@ -81,6 +81,13 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
     Data: none.
     Errors: RequestError for symbols that do not fit.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> encoded = pr.compress.huffman(torch.tensor([0, 0, 0, 1, 0, 2]))
+        >>> pr.compress.decode(encoded).tolist()
+        [0, 0, 0, 1, 0, 2]
+
     Use: storing or sending shared or quantized weights, whose values are far from uniform. Avoid: running the model
     from the codes: they cannot be read out of order.
     """
@@ -109,7 +116,15 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are not codes of the book."""
+    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are not codes of the book.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> encoded = pr.compress.huffman(torch.tensor([0, 0, 0, 1, 0, 2]))
+        >>> pr.compress.decode(encoded).tolist()
+        [0, 0, 0, 1, 0, 2]
+    """
     by_code = {(encoded.lengths[s], code): s for s, code in canonical_codes(encoded.lengths).items()}
     longest = max(encoded.lengths.values(), default=0)
     symbols: list[int] = []

@@ -58,6 +58,13 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
     Data: none.
     Errors: RequestError for a rank or an energy out of range.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> factors = pr.compress.svd_factors(torch.ones(4, 3), rank=1)
+        >>> factors.rank
+        1
+
     Use: layers whose singular values fall fast. Avoid: sparse weights: the factors are dense.
     """
     if weight.dim() != 2 or not 0 <= rank <= min(weight.shape) or not 0 < energy <= 1:
@@ -109,6 +116,13 @@ def low_rank(
     only, skip: patterns of module names. Data: none.
 
     `RequestError` if no layer gets smaller, or if a chosen layer carries masks, which the factors would fill.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, layers = pr.compress.low_rank(torch.nn.Sequential(torch.nn.Linear(32, 32)), rank=2)
+        >>> layers[0].rank
+        2
 
     Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: networks with masks of single weights.
     """

@@ -93,6 +93,15 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
 
     Data: none.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> pr.compress.round_weights_(layer, bits=2)[0].name
+        'weight'
+        >>> [len(row.unique()) <= 3 for row in layer.weight]
+        [True, True]
+
     Use: measuring the effect of quantization on a pruned model, and as the last step after `quantization_aware`. Avoid:
     a smaller or faster model: take `to_int8_`.
     """

@@ -78,6 +78,13 @@ def stored_bytes(weight: Tensor, form: StorageFormat) -> int:
     The number says nothing about speed. BSR counts whole blocks of 4x4.
     form: the storage format.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.eye(32)
+        >>> [pr.compress.stored_bytes(weight, pr.compress.StorageFormat(name)) for name in ("dense", "csr", "bitmask")]
+        [4096, 388, 256]
+
     Use: estimating the size of a file. Avoid: predicting speed: `prunella doctor` measures it.
     """
     return encode(weight, form).nbytes

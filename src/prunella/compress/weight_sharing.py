@@ -57,6 +57,13 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: CentroidInit = Centroi
     Data: none.
     Errors: RequestError for bits out of range.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[0.0, 1.0, 1.1], [2.0, 0.0, 2.1]])
+        >>> len(pr.compress.share_weight(weight, bits=1).book)
+        2
+
     Use: storing a pruned network in few bits, with `huffman`. Avoid: speed: every value needs a look-up; integers
     (`quantize_weight`) multiply faster.
     """

@@ -56,6 +56,13 @@ def ria(weight: Weight, input_norm: InputNorm, *, a: float = 0.5) -> Saliency:
 
     a: from 0 up; 0 ignores the inputs.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.ria(weight, torch.ones(2)).sum(1)
+        tensor([2.2667, 1.7333])
+
     Use: as `wanda`, at N:M and above 50 %. Avoid: structured pruning, where the shares of units hardly differ.
     """
     magnitudes = weight.abs()
@@ -71,6 +78,13 @@ def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
     `S_ij = Var(x_j) * W_ij^2`; a unit scores the sum over the weights that read it, `Var(x_j) * ||W_:j||^2`. An input
     that never varies scores 0 at any size, since `fold_means` folds it into the bias without error.
     Data: forward passes only. A convolution takes the variance of a channel over samples and pixels.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.fluctuation(weight, torch.tensor([0.0, 0.5])).tolist()
+        [[0.0, 4.5], [0.0, 2.0]]
 
     Use: units and heads without training, followed by `fold_means`. Avoid: pruning without `fold_means`, which removes
     large constant inputs without compensation.
@@ -105,6 +119,12 @@ def apoz(unit_zeros: UnitZeros) -> Scores:
     the layers that read the unit, after any activation, module or function. Behind an average pooling a value is zero
     only where the full window is zero. Data: forward passes only.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.apoz(torch.tensor([1.0, 0.25])).tolist()
+        [0.0, 0.75]
+
     Use: networks with ReLU, to find dead and nearly dead units. Avoid: GELU, SiLU and other activations that are never
     exactly 0: all units tie.
     """
@@ -119,6 +139,12 @@ def hrank(unit_rank: UnitRank) -> Scores:
     and pooling. The rank is that of `torch.linalg.matrix_rank` with its default tolerance. Data: forward passes only,
     and one singular value decomposition for each map. Channels that no 2-D convolution reads are not scored.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.hrank(torch.tensor([3.0, 1.0])).tolist()
+        [3.0, 1.0]
+
     Use: convolutions on maps of 8x8 and more; a few batches are enough. Avoid: small maps, where nearly all ranks are
     equal, and linear layers.
     """
@@ -132,6 +158,12 @@ def activation_norm(unit_norm: UnitNorm) -> Scores:
     `s_u = sqrt(mean a_u^2)` over samples, pixels and the positions of the unit, at the input of the layers that read
     the unit. Data: forward passes only.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.activation_norm(torch.tensor([2.0, 0.5])).tolist()
+        [2.0, 0.5]
+
     Use: rankings without labels in networks whose readers have weights of similar size. Avoid: units with a large
     constant part, which a bias could replace: see `activation_variance`.
     """
@@ -144,6 +176,12 @@ def activation_variance(unit_var: UnitVar) -> Scores:
 
     `s_u = mean a_u^2 - (mean a_u)^2` over samples and pixels, the mean over the positions of a unit, at the input of
     the layers that read the unit. Data: forward passes only.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.activation_variance(torch.tensor([0.0, 1.5])).tolist()
+        [0.0, 1.5]
 
     Use: before `fold_means` or `reconstruct`, which restore the constant part. Avoid: readers with weights of different
     size: `fluctuation` includes the weights.
@@ -159,6 +197,12 @@ def block_influence(influence: Influence) -> Scores:
     vectors are along the last axis, or along the channels where the block begins with a convolution. An identity block
     scores 0 and is removed first, as is a block that only scales the stream. Data: forward passes only. For `Depth()`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.block_influence(torch.tensor([0.5, 0.0])).tolist()
+        [0.5, 0.0]
+
     Use: layers of language models without training. Avoid: short stacks, or blocks that change the width.
     """
     return influence
@@ -171,6 +215,12 @@ def router_frequency(expert_share: ExpertShare) -> Scores:
     `s_j = (tokens sent to j) / (all tokens)`, so that the scores of a layer sum to k, the number of experts per token.
     An expert without tokens scores 0: its removal does not change the outputs on this data. Data: forward passes only.
     For `Expert()`; the router is identified by its call of `topk` along the experts.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.router_frequency(torch.tensor([0.75, 0.25])).tolist()
+        [0.75, 0.25]
 
     Use: a first look at the load of the experts, on data of the task. Avoid: as the only criterion, since rare experts
     may matter most for rare tokens: `reap` measures their outputs.
@@ -186,6 +236,12 @@ def router_weight(expert_gate: ExpertGate) -> Scores:
     may take the softmax before or after the choice. Data: forward passes only. For `Expert()`. Experts of routers
     without a softmax are not scored.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.router_weight(torch.tensor([0.5, 0.25])).tolist()
+        [0.5, 0.25]
+
     Use: a check on `reap`, at the cost of plain forward passes. Avoid: experts whose outputs differ in size.
     """
     return expert_gate
@@ -200,6 +256,12 @@ def reap(expert_output: ExpertOutput) -> Scores:
     is the output of the expert. The router's weights must not depend on the experts, and a zero expert must give zero.
     The output is that of the smallest module that holds router and experts. Data: forward passes only, one of each
     layer for each of its experts. For `Expert()`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.reap(torch.tensor([0.5, 2.0])).tolist()
+        [0.5, 2.0]
 
     Use: removal of experts in one shot, without training. Avoid: hundreds of experts on much data: try
     `router_frequency` first.

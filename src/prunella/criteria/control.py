@@ -25,6 +25,15 @@ def inverted(of: Criterion) -> Controlled:
     `s' = -s`, of the finished scores of units or weights. Data: that of the criterion. If the inverse prunes as well as
     the criterion, the order of the criterion does not matter.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.criteria.inverted(pr.magnitude), pr.Element())
+        >>> print(pr.plan(model, x, recipe, target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: as the control of a criterion that beats random. Avoid: allocations that divide by scores, such as `lamp`,
     which need non-negative scores.
     """
@@ -37,6 +46,15 @@ def shuffled(of: Criterion) -> Controlled:
 
     `s'_i = s_pi(i)` with `pi` drawn from the recipe's seed, one permutation for each layer or group. Every layer loses
     exactly as many units (weights) as under the criterion, but other ones. Data: that of the criterion.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe = pr.Recipe(pr.criteria.shuffled(pr.magnitude), pr.Element())
+        >>> print(pr.plan(model, x, recipe, target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: a test whether a criterion finds good weights or only good sparsities per layer. Avoid: `uniform` on plain
     layers, where it is the same as `random`.

@@ -21,6 +21,13 @@ def obd(weight: Weight, hessian_diag: HessianDiag, *, probes: int = 4) -> Salien
     The gradient is taken to be zero, as at a minimum; a negative curvature counts as a gain.
     Data: batches and a loss that can be differentiated twice. probes: from 1 up, for each batch, two backward passes.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.obd(weight, torch.ones(2, 2)).tolist()
+        [[0.5, 4.5], [0.125, 2.0]]
+
     Use: trained networks with smooth activations. Avoid: networks far from a minimum, or few batches and little time:
     `fisher` needs one backward pass per sample and has no noise.
     """
@@ -34,6 +41,13 @@ def fisher(weight: Weight, fisher_diag: FisherDiag) -> Saliency:
     `S_ij = 1/2 W_ij^2 * mean_n g_n,ij^2`, `g_n` the gradient of the loss of one *sample*: the square comes before the
     mean over samples. The squared gradient of a batch (`taylor_sq`) is a smaller number, since samples cancel.
     Data: batches, which are split along their first axis, and a loss; labels are those of the data.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.fisher(weight, torch.tensor([[2.0, 2.0], [1.0, 1.0]])).tolist()
+        [[1.0, 9.0], [0.125, 2.0]]
 
     Use: single weights, or channels as sums over weights, with a few hundred samples. Avoid: losses that need a whole
     batch, such as contrastive ones.
@@ -53,6 +67,13 @@ def obs_saliency(
     in a row of the matrix `(out, in)`. At block 1 it is half of `w^2 * (mean g^2 + damping)`.
     Data: batches, split into samples, and a loss. damping: above 0; where it is far above the squared gradients the
     order is that of `magnitude`. block: weights, 1 to 128; memory is `8 * block` bytes a weight.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.obs_saliency(weight, torch.full((2, 2), 0.5)).tolist()
+        [[1.0, 9.0], [0.25, 4.0]]
 
     Use: masks at high sparsity, followed by the solver `woodfisher`. Avoid: fewer samples than about a block, or
     channels, since the weights of a removed unit cannot compensate for each other.

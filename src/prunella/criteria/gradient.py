@@ -40,6 +40,13 @@ def taylor_sq(weight: Weight, grad_sq: GradSq) -> Saliency:
     `S_ij = mean_b (g_ij w_ij)^2`; a unit scores the sum over its weights, as if they were independent. `taylor` sums
     before the square instead. Data: batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.taylor_sq(weight, torch.ones(2, 2)).tolist()
+        [[1.0, 9.0], [0.25, 4.0]]
+
     Use: single weights with a loss, in the memory of one gradient. Avoid: channels, where signs cancel inside a unit:
     take `taylor`.
     """
@@ -81,6 +88,15 @@ def movement(weight: Weight, grad: Grad) -> Saliency:
     `S_ij = -W_ij * mean_b (dL_b/dW_ij)`: positive where the weight would grow in size, negative where it would shrink.
     The paper sums this score over fine-tuning. Here one pass over the data gives one summand, without updates of the
     weights. Data: batches and a loss of the new task.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> grad = torch.tensor([[0.1, 0.2], [-0.4, 0.0]])
+        >>> pr.criteria.movement(weight, grad)
+        tensor([[-0.1000,  0.6000],
+                [ 0.2000, -0.0000]])
 
     Use: pretrained models on a new task, before or during fine-tuning. Avoid: models at a minimum of the same task,
     where every gradient is noise.

@@ -17,6 +17,15 @@ def snip(weight: Weight, grad: Grad, total_slope: TotalSlope) -> Saliency:
     agree.
     Data: batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> grad = torch.tensor([[0.1, 0.2], [-0.4, 0.0]])
+        >>> pr.criteria.snip(weight, grad, (grad * weight).abs().sum())
+        tensor([[0.1111, 0.6667],
+                [0.2222, 0.0000]])
+
     Use: one-shot pruning before training, up to about 95 %. Avoid: higher sparsity in one step, where layers become
     empty: take `iterative_snip` or `force`.
     """
@@ -31,6 +40,15 @@ def grasp(weight: Weight, hessian_grad: HessianGrad, *, temperature: float = 200
     the highest; here, as in all criteria, higher is kept. Data: few batches and a loss that takes the output of the
     model as logits; memory holds the graphs of all batches. temperature: above 0; the output is divided by it first.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> grad = torch.tensor([[0.1, 0.2], [-0.4, 0.0]])
+        >>> pr.criteria.grasp(weight, grad)
+        tensor([[ 0.1000, -0.6000],
+                [-0.2000,  0.0000]])
+
     Use: high sparsity before training, with a loss. Avoid: moderate sparsity, where `snip` and magnitude are better;
     and `lamp`, which refuses scores with a sign.
     """
@@ -44,6 +62,13 @@ def synflow(weight: Weight, flow: Flow) -> Saliency:
     `S = |w| dR/d|w|` with `R` the sum over all paths of the product of the absolute weights. In a chain of layers
     without biases the scores of every layer sum to `R`. One step therefore empties a wide layer; many rounds never do.
     Data: none; the example's shape only. Made for ReLU; biases count as zero, batch normalization as neutral.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.criteria.synflow(weight, torch.ones(2, 2)).tolist()
+        [[1.0, 3.0], [0.5, 2.0]]
 
     Use: extreme sparsity before training, in a hundred rounds: `synflow_rounds`. Avoid: one round, which empties the
     widest layers first.

@@ -60,6 +60,12 @@ def bn_scale(norm_scale: NormScale) -> Scores:
     `s_u = |gamma_u|`, the mean where several normalizations act on a unit. Data: none. The paper trains with an L1
     penalty on gamma first; without it the ranking is weak. Groups without a normalization are not scored.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.criteria.bn_scale(torch.tensor([-0.5, 2.0])).tolist()
+        [-0.5, 2.0]
+
     Use: after training with a penalty on the scales. Avoid: networks trained without the penalty.
     """
     return norm_scale
@@ -71,6 +77,13 @@ def geometric_median(weight: Weight) -> Scores:
 
     `s_j = sum_k ||W_j - W_k||_2`, one number per output row. Data: none. Either of two equal filters can
     replace the other, even if both are large. Takes `out^2 * in` operations per layer.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
+        >>> [round(score, 2) for score in pr.criteria.geometric_median(weight).tolist()]
+        [5.1, 5.1, 10.2]
 
     Use: layers with many similar filters, no data. Avoid: very wide layers, where `out^2 * in` is too slow.
     """

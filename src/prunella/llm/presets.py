@@ -36,6 +36,12 @@ def one_shot(
     better than smaller rates for a model of 135 million parameters; wider layers usually need less. A block whose error
     would not fall keeps the solved weights.
 
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.llm.one_shot(pr.NM(2, 4)).pattern
+        NM(n=2, m=4, ragged=False)
+
     Use: pretrained language models, any pattern, when a few minutes for a hundred million weights can be spent. Avoid:
     a first look: `OneShot(method=sparsegpt)` takes about a third of the time.
     """

@@ -21,6 +21,13 @@ def mask_distance(first: Mapping[str, Mask], second: Mapping[str, Mask]) -> floa
     whatever their size.
     Errors: RequestError for masks of different layers.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> first, second = {"0": torch.tensor([True, False])}, {"0": torch.tensor([True, True])}
+        >>> pr.lottery.mask_distance(first, second)
+        0.5
+
     Use: checking whether a mask still changes. Avoid: masks of different models.
     """
     if first.keys() != second.keys() or not first:

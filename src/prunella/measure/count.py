@@ -57,6 +57,12 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     """Parameters, bytes and zeros of a model, from its tensors alone.
 
     scope: `weights` or `parameters`. Errors: RequestError for another scope.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.metrics.count(torch.nn.Linear(4, 2)).params
+        10
     """
     model = with_plain_weights(model)
     if scope not in ("weights", "parameters"):

@@ -96,6 +96,16 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     Data: one batch; only its shapes matter (integers are used as indices). The model does not change.
     Errors: NotSupported if no path can be followed, BadInput for a model without weights.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> model[0].weight.data[:4] = 0
+        >>> found = pr.metrics.effective_sparsity(model, x)
+        >>> round(found.direct, 3), round(found.effective, 3)
+        (0.333, 0.5)
+
     Use: above about 95 % sparsity, where whole units are dead and the direct sparsity is too low. Avoid: structured
     cuts, after which no unit is disconnected.
     """

@@ -24,6 +24,13 @@ def flip_rate(dense: Tensor, pruned: Tensor) -> float:
     and wrong to another wrong all count; accuracy hides most of them. Ties go to the lowest class. Data: logits of both
     models.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> dense, pruned = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 0.0]])
+        >>> pr.metrics.flip_rate(dense, pruned)
+        0.5
+
     Use: always together with accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
     """
     _check(dense, pruned)
@@ -36,6 +43,13 @@ def kl_divergence(dense: Tensor, pruned: Tensor) -> float:
 
     `mean sum_c p_c (log p_c - log q_c)`, p of the dense logits, q of the pruned ones `(examples, classes)`, in float64.
     Data: logits of both models.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+        >>> pr.metrics.kl_divergence(logits, logits), round(pr.metrics.kl_divergence(logits, -logits), 3)
+        (0.0, 0.462)
 
     Use: differences that do not change the predicted class. Avoid: models whose outputs are not logits.
     """
@@ -52,6 +66,13 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, adaptiv
     `(k / bins, (k + 1) / bins]`; adaptive: bins of equal numbers of examples instead, in the order of confidence.
     Data: logits `(examples, classes)` and labels `(examples,)`.
     Errors: RequestError without a bin, or with labels of another length.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> logits, labels = torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1])
+        >>> round(pr.metrics.calibration_error(logits, labels), 3)
+        0.5
 
     Use: decisions based on probabilities. Avoid: few examples per bin: the error is then biased upwards.
     """
@@ -96,6 +117,13 @@ def per_class_drop(dense: Tensor, pruned: Tensor, labels: Tensor) -> tuple[Class
     the binomial test of examples lost among lost and won. Ties in the order go to the lowest class.
     Data: logits `(examples, classes)` of both models and labels `(examples,)`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> dense, pruned = torch.eye(2) * 4, torch.tensor([[4.0, 0.0], [4.0, 0.0]])
+        >>> pr.metrics.per_class_drop(dense, pruned, torch.tensor([0, 1]))[0].label
+        1
+
     Use: classes of unequal size or importance. Avoid: a single p of many classes.
     """
     _check(dense, pruned)
@@ -128,6 +156,13 @@ def pruning_identified_exemplars(dense: Tensor, pruned: Tensor) -> Mask:
     `mode_k dense[k] != mode_k pruned[k]`, predicted classes `(models, examples)`, one row for each seed; a tie goes to
     the lowest class. Returns bool `(examples,)`. Data: predictions of several models of each kind.
     Errors: RequestError for predictions of different shapes.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> dense, pruned = torch.tensor([[0, 1], [0, 1], [1, 1]]), torch.tensor([[0, 2], [0, 2], [0, 2]])
+        >>> pr.metrics.pruning_identified_exemplars(dense, pruned)
+        tensor([False,  True])
 
     Use: finding examples that pruning, and not the seed, changes. Avoid: one model of each kind, which gives plain
     flips.

@@ -39,6 +39,13 @@ def compression_ratio(dense: nn.Module, pruned: nn.Module) -> Compression:
 
     Data: none. Errors: RequestError where nothing remains, or there are no weights.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> dense, small = torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+        >>> pr.metrics.compression_ratio(dense, small).weights
+        2.0
+
     Use: every claim about size, with the name of the scope. Avoid: claims about time: use `speedup`.
     """
     pairs = []

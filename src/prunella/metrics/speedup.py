@@ -106,6 +106,14 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
     `sum over weights of MACs * (non-zeros / weights)`; work without a weight of its own, such as attention products,
     counts in full. For a masked model this equals the number in its plan. Data: one batch.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> layer.weight.data[0] = 0
+        >>> pr.metrics.effective_macs(layer, torch.randn(1, 4))
+        4.0
+
     Use: comparing masks, which do not change shapes. Avoid: as a speed: dense kernels multiply zeros too.
     """
     return effective(model, count_work(model, inputs))

@@ -123,7 +123,18 @@ def _torch_mask(module: nn.Module, name: str) -> Mask:
 
 
 def reapply_(model: M) -> M:
-    """Set every masked weight to zero again: for training loops without a `Pruner`."""
+    """Set every masked weight to zero again: for training loops without a `Pruner`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> masked = pr.apply_(model, pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
+        >>> masked[0].weight.data += 1
+        >>> int(pr.transform.reapply_(masked)[0].weight.count_nonzero())
+        16
+    """
     for _, parameter, packed in records(model):
         with writable(parameter):
             parameter.masked_fill_(~packed.unpack(parameter.device), 0)
@@ -166,6 +177,17 @@ def copy_masks_(source: nn.Module, target: M) -> M:
     Masked weights of the target become zero; its earlier masks are dropped. Averages of zeros stay zero, so that a
     moving average needs the masks again only when they change. Both may be wrapped. Errors: RequestError if a masked
     weight is missing in the target or has another shape.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> import copy
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> average = copy.deepcopy(model)
+        >>> masked = pr.apply_(model, pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
+        >>> sorted(pr.masks_of(pr.transform.copy_masks_(masked, average)))
+        ['0.weight', '2.weight']
     """
     named = dict(unwrap(target).named_parameters(remove_duplicate=False))
     masks: dict[nn.Parameter, Mask] = {}

@@ -21,6 +21,14 @@ from prunella.registry.method import REGISTRY, find, recipe
 def global_magnitude() -> Recipe:
     """Single weights by magnitude, one ranking over all layers.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.global_magnitude(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: single weights after training, up to about 90 %; the baseline to beat. Avoid: very high sparsity, where it
     empties layers: take `lamp_magnitude` or `erk_magnitude`.
     """
@@ -30,6 +38,14 @@ def global_magnitude() -> Recipe:
 @recipe(source="Evci et al. 2020, arXiv:1911.11134")
 def erk_magnitude() -> Recipe:
     """Single weights by magnitude, densities by Erdos-Renyi-Kernel.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.erk_magnitude(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: masks at 90 % and more, where small layers must stay dense. Avoid: structure, or when multiply-adds are the
     budget: the early layers stay dense.
@@ -41,6 +57,14 @@ def erk_magnitude() -> Recipe:
 def erk_random() -> Recipe:
     """Single weights at random, densities by Erdos-Renyi-Kernel: the masks from which dynamic sparse training starts.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.erk_random(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: the first masks of `DropGrow` with `set_` or `rigl`, and as its static control. Avoid: a trained network, whose
     important weights it removes too.
     """
@@ -50,6 +74,14 @@ def erk_random() -> Recipe:
 @recipe(source="Frankle and Carbin 2019, arXiv:1803.03635")
 def ticket_magnitude() -> Recipe:
     """Single weights by magnitude within each layer, the last layer at half the rate: one round of a lottery ticket.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.ticket_magnitude(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: the masks of tickets at any sparsity; `imp` calls it round by round. Avoid: networks whose layers differ much
     in what they can spare: take `global_magnitude`.
@@ -61,6 +93,14 @@ def ticket_magnitude() -> Recipe:
 def lamp_magnitude() -> Recipe:
     """Single weights by layer-adaptive magnitude: the allocation of LAMP on the absolute value.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.lamp_magnitude(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: masks at high sparsity without a knob to tune. Avoid: structured units: its keys are made for single weights.
     """
     return Recipe(criteria.magnitude, Element(), lamp)
@@ -70,6 +110,15 @@ def lamp_magnitude() -> Recipe:
 def wanda_rows() -> Recipe:
     """Wanda as in the paper: weights of one output row compared, the same number from every row. Data: no labels.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> plan = pr.plan(model, x, pr.recipes.wanda_rows(), target=pr.Sparsity(0.5), data=[x])
+        >>> plan.masks["0.weight"].sum(1).tolist()
+        [2, 2, 2, 2, 2, 2, 2, 2]
+
     Use: language models in one shot, up to about 50 %. Avoid: 60 % and more without reconstruction.
     """
     return Recipe(criteria.wanda, Element(per_row=True), uniform)
@@ -78,6 +127,15 @@ def wanda_rows() -> Recipe:
 @recipe(source="Sun et al. 2023, arXiv:2306.11695")
 def wanda_2_4() -> Recipe:
     """Wanda in the pattern of sparse tensor cores: 2 kept of every 4 along the input. Data: no labels.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> plan = pr.plan(model, x, pr.recipes.wanda_2_4(), data=[x])
+        >>> plan.masks["0.weight"].sum(1).tolist()
+        [2, 2, 2, 2, 2, 2, 2, 2]
 
     Use: sparse tensor cores, in one shot, with some unlabeled text. Avoid: machines without kernels for 2:4: the zeros
     are multiplied there.
@@ -89,6 +147,14 @@ def wanda_2_4() -> Recipe:
 def l1_filter() -> Recipe:
     """Filters by their L1 norm, the same fraction of every group.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.l1_filter(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: the simplest structured baseline, no data. Avoid: high reductions: every group loses the same fraction,
     regardless of its importance.
     """
@@ -98,6 +164,14 @@ def l1_filter() -> Recipe:
 @recipe(source="He et al. 2019, arXiv:1811.00250")
 def fpgm() -> Recipe:
     """Filters nearest to the geometric median of their layer, the same fraction of every group.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.fpgm(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: filters without data, in layers with many similar filters. Avoid: groups with a few wide outliers, whose
     distance hides their importance.
@@ -121,6 +195,14 @@ def network_slimming() -> Recipe:
 def group_l2() -> Recipe:
     """Channels and heads by the norm of everything that is coupled to them, compared after division by the mean.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.group_l2(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: a fair ranking over the full network without data. Avoid: networks whose norms were folded into the weights:
     scales of layers then differ for no reason.
     """
@@ -132,6 +214,16 @@ def group_l2() -> Recipe:
 def taylor_fo() -> Recipe:
     """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> plan = pr.plan(model, x, pr.recipes.taylor_fo(), target=pr.Sparsity(0.5), data=[x], loss=loss)
+        >>> print(plan.outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: channels and heads when a few labeled batches are at hand and all layers are ranked together. Avoid: no loss
     at hand, or batches too few to average over.
     """
@@ -142,6 +234,16 @@ def taylor_fo() -> Recipe:
 def snip_global() -> Recipe:
     """SNIP as in the paper: single weights, one ranking, layers may empty. Data: batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> plan = pr.plan(model, x, pr.recipes.snip_global(), target=pr.Sparsity(0.5), data=[x], loss=loss)
+        >>> print(plan.outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: one cut before training. Avoid: beyond about 95 %: `iterative_snip` and `force` take many rounds.
     """
     return Recipe(criteria.snip, Element(), global_, min_units=0)
@@ -151,6 +253,16 @@ def snip_global() -> Recipe:
 def grasp_global() -> Recipe:
     """GraSP as in the paper: single weights, one ranking, layers may empty. Data: few batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> plan = pr.plan(model, x, pr.recipes.grasp_global(), target=pr.Sparsity(0.5), data=[x], loss=loss)
+        >>> print(plan.outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: one cut before training at high sparsity. Avoid: much data at once: the graphs of all batches are kept.
     """
     return Recipe(criteria.grasp, Element(), global_, min_units=0)
@@ -159,6 +271,14 @@ def grasp_global() -> Recipe:
 @recipe(source="Tanaka et al. 2020, arXiv:2006.05467")
 def synflow_global() -> Recipe:
     """SynFlow in a single round: single weights, one ranking, layers may empty. Data: none.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.synflow_global(), target=pr.Sparsity(0.5)).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: to see why the paper takes a hundred rounds. Avoid: pruning with it: take `synflow_rounds`.
     """
@@ -172,6 +292,16 @@ def llm_pruner() -> Recipe:
     Query, key, value and output slices go together, and so do gate, up and down. The paper takes the gradient of a few
     short texts, leaves the first and last blocks dense (skip=) and recovers with LoRA. Data: batches and a loss.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> plan = pr.plan(model, x, pr.recipes.llm_pruner(), target=pr.Sparsity(0.5), data=[x], loss=loss)
+        >>> print(plan.outcome)
+        asked sparsity=0.5, got sparsity=0.5
+
     Use: language models that have to stay in an ordinary format. Avoid: beyond about a fifth without recovery.
     """
     return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, equal_widths=True)
@@ -183,6 +313,14 @@ def flap() -> Recipe:
 
     Removed units are replaced by their means: plan and shrink a model `with_biases`, then `fold_means`; or refit by
     `match_stream_`. The paper's other form, whose layers differ in width, is `flap_global`. Data: no labels.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.plan(model, x, pr.recipes.flap(), target=pr.Sparsity(0.5), data=[x]).outcome)
+        asked sparsity=0.5, got sparsity=0.5
 
     Use: language models without training. Avoid: without either compensation.
     """
@@ -229,6 +367,12 @@ def named(name: str) -> Recipe:
     """The recipe of that name, or the criterion of that name with the defaults. Errors: RequestError, with near names.
 
     A criterion's default granularity is `Channel()`, its default allocation `uniform`.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.recipes.named("fpgm") == pr.recipes.fpgm()
+        True
     """
     method = find(name)
     if method.kind == "recipe":

@@ -78,6 +78,15 @@ def iterate(
     For masks whose units compete; `min_units=0` in the recipe allows empty layers, as in the papers.
     Errors: RequestError for units that do not compete; those of `plan`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> recipe, rounds = pr.Recipe(pr.criteria.synflow, pr.Element()), pr.planning.Rounds(count=3)
+        >>> print(pr.planning.iterate(model, x, recipe, target=pr.Sparsity(0.75), rounds=rounds).outcome)
+        asked sparsity=0.75, got sparsity=0.75
+
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not depend on other weights,
     such as magnitude: one round gives the same plan.
     """
@@ -107,6 +116,14 @@ def synflow_rounds(model: nn.Module, inputs: Inputs, *, target: Target, count: i
 
     `S = |w| dR/d|w|` of the network masked so far; density `d^(k/n)` after round k of n. Data: none. count: at least 1;
     with one round layers collapse.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> print(pr.planning.synflow_rounds(model, x, target=pr.Sparsity(0.75), count=5).outcome)
+        asked sparsity=0.75, got sparsity=0.75
 
     Use: densities below 1 % before training, where every other score empties layers. Avoid: networks with layer norm or
     token tables, through which ones do not flow.

@@ -55,6 +55,15 @@ def plan_zeros(
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
     granularity: `Channel()`, `Head()`, both, or `Element()`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> model[2].weight.data[:, :3] = 0
+        >>> pr.shrink(model, pr.planning.plan_zeros(model, x))[0].out_features
+        5
     """
     model = with_plain_weights(model)
     with untouched(model, 0):

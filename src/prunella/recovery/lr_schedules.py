@@ -44,12 +44,26 @@ class RecordedLR:
 
 
 def constant_lr(progress: float) -> float:
-    """A constant learning rate: factor 1."""
+    """A constant learning rate: factor 1.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.recovery.constant_lr(0.0), pr.recovery.constant_lr(1.0)
+        (1.0, 1.0)
+    """
     return 1.0
 
 
 def linear_lr(progress: float) -> float:
-    """Linear decay of the learning rate to 0: `1 - p`."""
+    """Linear decay of the learning rate to 0: `1 - p`.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> [pr.recovery.linear_lr(k / 4) for k in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
     return 1 - progress
 
 
@@ -65,6 +79,12 @@ def rewind_lr(trace: Sequence[float], *, steps: int) -> RecordedLR:
 
     Data: none; the curve of an earlier training.
     Errors: RequestError for more steps than the trace has.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.recovery.rewind_lr((0.4, 0.3, 0.2, 0.1), steps=2).rates
+        (0.2, 0.1)
 
     Use: after one-shot or iterative pruning, with the trace of training: better than a small constant rate. Avoid:
     models without a trace, and a few steps at the low end of the trace, which are plain fine-tuning.
@@ -89,6 +109,12 @@ def scaled_lr(trace: Sequence[float], *, steps: int, warmup: float = 0.1) -> Rec
 
     Data: none; the curve of an earlier training.
     Errors: RequestError for knobs out of range.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> pr.recovery.scaled_lr((0.4, 0.3, 0.2, 0.1), steps=2, warmup=0).rates
+        (0.3, 0.1)
 
     Use: a budget much shorter than training, with large rates at the start. Avoid: a model that lost almost nothing:
     large rates harm it first.

@@ -9,10 +9,10 @@ import difflib
 import re
 import tomllib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 
-_NO_MATCH = 6
+_NO_MATCH = 7
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,21 @@ class Concept:
     words: tuple[str, ...]
     python: tuple[str, ...]
     page: str
+
+    @cached_property
+    def titles(self) -> tuple[str, ...]:
+        """The name and the words as they are compared."""
+        return tuple(_plain(name) for name in (self.name, *self.words))
+
+    @cached_property
+    def full_titles(self) -> frozenset[str]:
+        """The titles, with and without what stands in brackets at their end."""
+        return frozenset(self.titles) | {_without_brackets(title) for title in self.titles}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The titles and the names to type."""
+        return tuple(map(_plain, _names(self)))
 
 
 @cache
@@ -38,8 +53,15 @@ def search(text: str) -> list[Concept]:
     wanted = _plain(text)
     if not wanted:
         return []
-    ranks = [(_rank(wanted, concept), concept) for concept in concepts()]
+    whole = re.compile(rf"(^|\W){re.escape(wanted)}(\W|$)")
+    ranks = [(_rank(wanted, whole, concept), concept) for concept in concepts()]
     return [concept for rank, concept in sorted(ranks, key=lambda pair: pair[0]) if rank < _NO_MATCH]
+
+
+def pages_of(method: str) -> tuple[str, ...]:
+    """The sections of the documentation on the concepts that a method belongs to."""
+    rows = [row for row in concepts() if any(name.rpartition(".")[2] == method for name in row.python)]
+    return tuple(row.page for row in rows if row.page.startswith("concepts/"))
 
 
 def near(text: str) -> list[str]:
@@ -48,29 +70,31 @@ def near(text: str) -> list[str]:
     return [known[word] for word in difflib.get_close_matches(_plain(text), known, 3, 0.75)]
 
 
-def _rank(wanted: str, concept: Concept) -> int:
-    """The rank of a match: names and words of a concept first, full before partial matches, then Python names."""
-    titles = [_plain(name) for name in (concept.name, *concept.words)]
-    exact = [re.sub(r"\s*\(.*\)$", "", name) for name in titles]
-    names = [_plain(name) for name in _names(concept)]
-    if wanted in (titles[0], exact[0]):
+def _rank(wanted: str, whole: re.Pattern[str], concept: Concept) -> int:
+    """The rank of a match: full names and words of a concept, then a part of its name, of its words, of its Python."""
+    name = concept.titles[0]
+    if wanted in (name, _without_brackets(name)):
         return 0
-    if wanted in titles or wanted in exact:
+    if wanted in concept.full_titles:
         return 1
-    whole = re.compile(rf"(^|\W){re.escape(wanted)}(\W|$)")
-    if any(map(whole.search, titles)):
-        return 2
-    if any(map(whole.search, names)):
-        return 3
-    if len(wanted) > 2 and any(wanted in name for name in names):
-        return 4
-    parts = wanted.split()
-    return 5 if len(parts) > 1 and all(any(part in name for name in names) for part in parts) else _NO_MATCH
+    if not any(wanted in text for text in concept.names):
+        parts = wanted.split()
+        spread = len(parts) > 1 and all(any(part in text for text in concept.names) for part in parts)
+        return 6 if spread else _NO_MATCH
+    for rank, texts in ((2, (name,)), (3, concept.titles), (4, concept.names)):
+        if any(map(whole.search, texts)):
+            return rank
+    return 5 if len(wanted) > 2 else _NO_MATCH
+
+
+def _without_brackets(title: str) -> str:
+    return re.sub(r"\s*\(.*\)$", "", title)
 
 
 def _names(concept: Concept) -> tuple[str, ...]:
     return (concept.name, *concept.words, *(name.rpartition(".")[2] for name in concept.python))
 
 
+@cache
 def _plain(text: str) -> str:
     return re.sub(r"[\s_-]+", " ", text).strip().lower()

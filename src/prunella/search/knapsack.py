@@ -36,6 +36,14 @@ def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, .
     the largest loss. Among equal losses the cheaper choice is taken.
 
     Errors: TargetMissed if even the cheapest options exceed the budget.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> first = [pr.search.Option(cost=4, loss=0), pr.search.Option(cost=1, loss=2)]
+        >>> second = [pr.search.Option(cost=4, loss=0), pr.search.Option(cost=2, loss=1)]
+        >>> pr.search.cheapest([first, second], 6)
+        (0, 1)
     """
     if not options or not all(options):
         raise RequestError("every group needs at least one option", f"got {[len(o) for o in options]}")
@@ -113,7 +121,7 @@ def _scaled(losses: _Floats, groups: _Floats) -> _Floats:
     return scaled
 
 
-@search(source="Frantar & Alistarh 2022, arXiv:2203.04593; Shen et al. 2021, arXiv:2110.10811")
+@search(source="Frantar & Alistarh 2022, arXiv:2201.13096; Shen et al. 2021, arXiv:2110.10811")
 def knapsack(space: Space, target: Target, scan: Scan, *, predict: Predict | None = None) -> SearchResult:
     """Choose one point of a sensitivity scan for each group: the smallest sum of losses within the budget.
 

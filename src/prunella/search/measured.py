@@ -34,7 +34,7 @@ Distance = Callable[[Any, Any], float]
 """A function of (output of the dense model, output of the pruned model): 0 for equal outputs, larger for worse."""
 
 
-@search(source="Kurtic et al. 2023, arXiv:2302.04089 (ZipLM); Frantar & Alistarh 2022, arXiv:2203.04593 (SPDY)")
+@search(source="Kurtic et al. 2023, arXiv:2302.04089 (ZipLM); Frantar & Alistarh 2022, arXiv:2201.13096 (SPDY)")
 def measured(
     space: Space,
     target: Target,

@@ -56,6 +56,12 @@ def amc_reward(error: float, flops: float) -> float:
     error: of the cut model, a fraction. flops: its operations, above 1. Less of either is better. With a small error
     the operations have little effect: accuracy comes first.
     Errors: RequestError for numbers out of range.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> round(pr.search.amc_reward(error=0.1, flops=1e9), 3)
+        -2.072
     """
     if not error >= 0 or not flops > 1:
         raise RequestError(f"amc_reward cannot use error={error:g}, flops={flops:g}", "error >= 0 and flops > 1")

@@ -39,6 +39,14 @@ def admm(
     the mean diagonal; it grows while the matrix is singular, and the result reports it.
     Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> solved = pr.solvers.admm(weight, x.T @ x, sparsity=0.5)
+        >>> int(solved.mask.sum()), bool((solved.weight[~solved.mask] == 0).all())
+        (16, True)
+
     Use: the best layer error for its time, for any pattern, N:M above all. Avoid: very wide layers in little memory.
     """
     checked(weight, gram, pattern, sparsity)

@@ -44,6 +44,14 @@ def alps(
     relative to the mean diagonal; it grows while the matrix is singular, and the result reports it.
     Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> solved = pr.solvers.alps(weight, x.T @ x, sparsity=0.5)
+        >>> int(solved.mask.sum()), bool((solved.weight[~solved.mask] == 0).all())
+        (16, True)
+
     Use: the last percent of error, N:M above all. Avoid: little time: `admm` has most of the gain in a fifth of the
     time.
     """

@@ -89,6 +89,14 @@ def by_score(
     weight `(out, in)`, gram `(in, in)`. Data: none beyond the diagonal of `gram`.
     sparsity: in [0, 1), not used by `NM`. Errors: RequestError for shapes or a pattern that do not fit.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> solved = pr.solvers.by_score(weight, x.T @ x, sparsity=0.5, score=pr.wanda)
+        >>> int(solved.mask.sum())
+        16
+
     Use: memory for a vector of norms but not for an `(in, in)` matrix. Avoid: layers where `admm` or `sparsegpt` can
     run.
     """

@@ -87,6 +87,14 @@ def prune_and_quantize(
     sparsity, block, damping: as in `sparsegpt`. grid: bits and scales. The result has `codes` and `scale` as well.
     pattern: as in `sparsegpt`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> solved = pr.solvers.prune_and_quantize(weight, x.T @ x, sparsity=0.5, grid=pr.solvers.Grid(bits=4))
+        >>> int(solved.mask.sum()), len(solved.weight[0].unique()) <= 15
+        (16, True)
+
     Use: sparse layers of 8 or 4 bits. Avoid: further training, which undoes the rounding.
     """
     checked(weight, gram, pattern, sparsity)

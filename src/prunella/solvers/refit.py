@@ -26,6 +26,15 @@ def refit(
     up, relative to the mean diagonal; the result reports the damping used.
     Errors: RequestError for shapes or numbers that do not fit.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> mask = weight.abs() > 0.5
+        >>> solved = pr.solvers.refit(weight, x.T @ x, mask)
+        >>> torch.equal(solved.mask, mask)
+        True
+
     Use: after any mask, of any source. Avoid: few tokens with little damping, where it fits noise.
     """
     if mask.shape != weight.shape:

@@ -40,6 +40,14 @@ def swap(
     steps: largest number of exchanges per row, from 1. Errors: RequestError for a start that splits blocks.
     pattern: of the mask.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, weight = torch.randn(64, 8), torch.randn(4, 8)
+        >>> solved = pr.solvers.swap(weight, x.T @ x, pr.Element(per_row=True), sparsity=0.5)
+        >>> solved.mask.sum(1).tolist(), torch.equal(solved.weight, weight * solved.mask)
+        ([4, 4, 4, 4], True)
+
     Use: before `refit`, or for weights that must not change. Avoid: cases where weights may change: `admm` has far less
     error.
     """

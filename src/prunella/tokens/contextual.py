@@ -25,6 +25,12 @@ def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tenso
 
     hidden, scores: `(..., neurons)`; the default scores are absolute activations. keep: in (0, 1]; 1 gives `hidden`.
     Errors: RequestError for `keep` out of range.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.tokens.keep_top(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 0.5)
+        tensor([[ 0., -3.,  2.,  0.]])
     """
     if not 0 < keep <= 1:
         raise RequestError(f"keep={keep} is out of range", "it is a fraction of the neurons", "take keep in (0, 1]")

@@ -43,6 +43,13 @@ def bipartite_match(metric: Tensor, r: int, *, protected: int = 0) -> Matching:
     similarity are taken; ties go to the first. metric: `(batch, tokens, width)`. r: from 0 to half of the tokens.
     protected: number of tokens at the front (a class token) that neither merge nor receive others.
     Errors: RequestError if r exceeds the number of tokens that may merge.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> matching = pr.tokens.bipartite_match(torch.randn(1, 6, 4), r=2)
+        >>> matching.kept.shape
+        torch.Size([1, 4])
     """
     tokens = metric.shape[1]
     if not 0 <= r <= most(tokens, protected):
@@ -68,6 +75,14 @@ def merge(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]
     `y_t = sum s_i x_i / sum s_i` over the target and its sources. x: `(batch, tokens, width)`. sizes: `(batch,
     tokens)`, the number of original tokens in each. A token without sources keeps its bits; with r = 0 all tokens do.
     matching: from `bipartite_match`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, sizes = torch.randn(1, 6, 4), torch.ones(1, 6)
+        >>> merged, sizes = pr.tokens.merge(x, sizes, pr.tokens.bipartite_match(x, r=2))
+        >>> merged.shape, float(sizes.sum())
+        (torch.Size([1, 4, 4]), 6.0)
     """
     if not matching.r:
         return x, sizes
@@ -85,6 +100,14 @@ def unmerge(x: Tensor, matching: Matching) -> Tensor:
     """All tokens, `(batch, tokens, width)`: a merged token gets the value of its target.
 
     x: the kept tokens. matching: of the merge.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> x, sizes = torch.randn(1, 6, 4), torch.ones(1, 6)
+        >>> matching = pr.tokens.bipartite_match(x, r=2)
+        >>> pr.tokens.unmerge(pr.tokens.merge(x, sizes, matching)[0], matching).shape
+        torch.Size([1, 6, 4])
     """
     if not matching.r:
         return x

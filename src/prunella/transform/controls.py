@@ -84,6 +84,16 @@ def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
     The caller's random state does not change. seed: of the new weights. Errors: RequestError for parameters of
     modules without this method.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> masked = pr.apply_(model, pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
+        >>> fresh = pr.transform.reinitialized(masked)
+        >>> torch.equal(fresh[0].weight != 0, masked[0].weight != 0)
+        True
+
     Use: as the control of masks found at initialization or by tickets. Avoid: models with an initialization of their
     own: the new weights have torch's distribution.
     """
@@ -115,6 +125,16 @@ def shuffled_plan(plan: Plan, *, seed: int = 0) -> Plan:
     Patterns such as N:M or blocks are lost. seed: of the permutations.
     Errors: RequestError for a plan without masks.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> plan = pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
+        >>> shuffled = pr.transform.shuffled_plan(plan, seed=1)
+        >>> int(plan.masks["0.weight"].sum()), int(shuffled.masks["0.weight"].sum())
+        (16, 16)
+
     Use: as the control of a mask: if training from the shuffled mask is as good, only the densities of the layers
     matter. Avoid: plans with cuts, which are refused.
     """
@@ -135,6 +155,15 @@ def collapsed(subject: Plan | nn.Module) -> tuple[str, ...]:
 
     For a plan: rows that keep 0. For a model: weights of two or more axes with only zeros.
     subject: a plan or a model.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> _ = model[0].weight.data.zero_()
+        >>> pr.transform.collapsed(model)
+        ('0',)
 
     Use: after every plan beyond 90 %, or with `min_units=0`. Avoid: as the only check, since paths may end between
     layers that still have weights.

@@ -69,6 +69,15 @@ def permute(
     `plan`.
     Errors: RequestError for rounds below 1.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+        >>> x = torch.randn(4, 8)
+        >>> permuted = pr.transform.permute(model, x, pr.NM(2, 4), rounds=2)
+        >>> torch.allclose(permuted.model(x), model(x), atol=1e-5)
+        True
+
     Use: before N:M masks without retraining, at no cost at run time. Avoid: one-layer models and the layer that reads
     the input, whose columns cannot be permuted.
     """

@@ -27,6 +27,13 @@ def zeros(state: State, *, min_sparsity: float = 0.0) -> Imported:
     as pruned too.
     Data: none.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> imported = pr.importers.zeros({"weight": torch.tensor([[0.0, 1.0], [2.0, 0.0]])})
+        >>> imported.masks["weight"].tolist()
+        [[False, True], [True, False]]
+
     Use: any checkpoint without masks, from any tool. Avoid: weights with separate masks, where a kept weight may be
     zero.
     """

@@ -24,6 +24,13 @@ def torch_prune(state: State) -> Imported:
     Data: none.
     Errors: BadInput for a mask without its original, or of another shape.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> layer = torch.nn.utils.prune.random_unstructured(torch.nn.Linear(4, 2), "weight", amount=0.5)
+        >>> int(pr.importers.torch_prune(layer.state_dict()).masks["weight"].sum())
+        4
+
     Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, which leaves
     only zeros: use `zeros`.
     """

@@ -77,6 +77,13 @@ def set_(*, zeta: float = 0.3) -> Rule:
     `zeta * n_l` of the `n_l` active weights are exchanged at every update; no gradient of inactive weights is needed.
     Data: the training data. zeta: in [0, 1].
 
+    Example:
+
+        >>> import prunella as pr
+        >>> rule = pr.train.set_(zeta=0.3)
+        >>> round(rule.fraction(0.5), 3)
+        0.3
+
     Use: hardware that never sees a dense gradient; long runs with many updates. Avoid: short runs at high sparsity:
     `rigl` finds better positions.
     """
@@ -90,6 +97,13 @@ def rigl(*, alpha: float = 0.3) -> Rule:
 
     `f(t) = alpha / 2 * (1 + cos(pi t / T_end))` of the active weights are exchanged. The dense gradient is read at
     updates only: training costs `rigl_flops`. Data: the training data. alpha: in [0, 1], the fraction at step 0.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> rule = pr.train.rigl(alpha=0.3)
+        >>> round(rule.fraction(0.5), 3)
+        0.15
 
     Use: training at 80 to 99 % sparsity from the start; masks by `erk`, updates every 100 steps or so until three
     quarters of the run. Avoid: small batches with a noisy gradient: update less often.
@@ -106,6 +120,13 @@ def sparse_momentum(*, alpha: float = 0.5, memory: float = 0.9) -> Rule:
     passes density 1. Data: the training data. alpha: fraction exchanged at the first step, falling to 0 by a half
     cosine. memory: in (0, 1).
     Errors: RequestError for numbers out of range.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> rule = pr.train.sparse_momentum(alpha=0.3)
+        >>> round(rule.fraction(0.5), 3)
+        0.15
 
     Use: when the right density of each layer is unknown. Avoid: tight memory or time: the dense gradient is averaged at
     every step.
@@ -127,6 +148,13 @@ def granet(*, final: float = 0.9, alpha: float = 0.5, schedule: Schedule = cubic
     mask that no pattern names stays dense.
     Errors: RequestError for numbers out of range.
 
+    Example:
+
+        >>> import prunella as pr
+        >>> rule = pr.train.granet(alpha=0.3)
+        >>> round(rule.fraction(0.5), 3)
+        0.15
+
     Use: the best accuracy at a sparsity when early steps may be denser. Avoid: a fixed memory budget from the first
     step: take `rigl`.
     """
@@ -142,6 +170,14 @@ def itop(masks: Iterable[Mapping[str, Mask]]) -> float:
     `R_s = |union of masks| / N` in (0, 1], over the masks (by name) of all updates so far; `R_s` never falls.
     `DropGrow.explored` is the same number, updated during training.
     Errors: RequestError without masks.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> first = {"0": torch.tensor([True, False, False, True])}
+        >>> second = {"0": torch.tensor([True, True, False, False])}
+        >>> pr.train.itop([first, second])
+        0.75
 
     Use: checking that dynamic training explores enough; near 1 it may match a dense run. Avoid: static masks, where
     `R_s` is the density.
@@ -160,6 +196,12 @@ def rigl_flops(sparse: float, dense: float, every: int) -> float:
     """Training cost of one sample and step: `(3 f_S dT + 2 f_S + f_D) / (dT + 1)`.
 
     sparse, dense: cost of one forward pass with the mask and without. every: steps between updates.
+
+    Example:
+
+        >>> import prunella as pr
+        >>> round(pr.train.rigl_flops(sparse=0.1, dense=1.0, every=100), 3)
+        0.309
     """
     return (3 * sparse * every + 2 * sparse + dense) / (every + 1)
 

@@ -21,6 +21,16 @@ def penalized(loss: Loss, penalty: Penalty, strength: float = 1.0) -> Loss:
     """`loss(model, batch) + strength * penalty(model)`, for `finetune`, `distill` or your own loop.
 
     Errors: RequestError for a negative strength.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> size = lambda model: model[0].weight.abs().sum()
+        >>> loss = pr.train.penalized(lambda model, batch: model(batch).square().mean(), size, 0.1)
+        >>> loss(model, x).item() > 0
+        True
     """
     if not strength >= 0:
         raise RequestError(f"strength={strength:g} is out of range", "it takes numbers from 0 up", "for example 1e-4")
@@ -63,6 +73,16 @@ def group_lasso(units: CoupledUnits) -> Penalty:
     Data: none of its own. A weight counts in the unit of its row and in the unit of its column.
     Caveats: gradient descent on the penalty makes small units, not zeros; `Proximal` makes zeros.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> units = pr.train.coupled_units(model, x)
+        >>> penalty = pr.train.group_lasso(units)
+        >>> penalty(model).item() > 0
+        True
+
     Use: before pruning by `group_norm`, to leave few large units. Avoid: exact zeros in training: use `Proximal`.
     """
     _check_groups(units)
@@ -85,6 +105,16 @@ def group_sparsity(units: CoupledUnits, *, alpha: float = 4.0) -> Penalty:
 
     alpha: from 0 up; 0 is plain weight decay on the units, 4 the paper's value.
     Errors: RequestError for a negative alpha, NotSupported without coupled units.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> units = pr.train.coupled_units(model, x)
+        >>> penalty = pr.train.group_sparsity(units)
+        >>> penalty(model).item() > 0
+        True
 
     Use: before one-shot pruning by `group_norm`, where coupled layers have to agree. Avoid: weights that must not
     change.

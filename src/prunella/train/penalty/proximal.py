@@ -23,6 +23,12 @@ def soft_threshold(weight: Tensor, threshold: float | Tensor) -> Tensor:
     Data: none. threshold: from 0 up, in units of the weight: learning rate times strength.
     Caveats: the remaining weights are too small by the threshold; fine-tune without the penalty at the end.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.train.soft_threshold(torch.tensor([-1.0, 0.25, 0.75]), 0.5)
+        tensor([-0.5000,  0.0000,  0.2500])
+
     Use: exact zeros of single weights in training. Avoid: structure: use `group_soft_threshold`.
     """
     return weight.sign() * (weight.abs() - threshold).clamp_min(0)
@@ -34,6 +40,13 @@ def group_soft_threshold(groups: Tensor, threshold: float | Tensor) -> Tensor:
 
     `w_g max(1 - t sqrt(p) / ||w_g||, 0)` for each row `w_g` of p weights: zero exactly if `||w_g|| <= t sqrt(p)`.
     groups `(groups, p)`. Data: none. threshold: from 0 up: learning rate times strength.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.train.group_soft_threshold(torch.tensor([[3.0, 4.0], [0.1, 0.1]]), 1.0)
+        tensor([[2.1515, 2.8686],
+                [0.0000, 0.0000]])
 
     Use: exact zeros of whole groups. Avoid: zeros inside groups as well: use `sparse_group_soft_threshold`.
     """
@@ -47,6 +60,13 @@ def sparse_group_soft_threshold(groups: Tensor, l1: float, group: float) -> Tens
     `group_soft_threshold(soft_threshold(w, l1), group)` is the exact minimizer of
     `||v - w||^2 / 2 + l1 |v|_1 + group sqrt(p) ||v||`; the other order is not. groups `(groups, p)`. Data: none.
     l1, group: from 0 up.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> pr.train.sparse_group_soft_threshold(torch.tensor([[3.0, 4.0], [0.1, 0.1]]), 1.0, 0.5)
+        tensor([[1.6078, 2.4117],
+                [0.0000, 0.0000]])
 
     Use: few groups, and few weights in each group. Avoid: only one kind of zeros: use one of the other two operators.
     """

@@ -133,6 +133,15 @@ def coupled_units(
 
     inputs, skip, only: as for `prunella.plan`. granularity: channels, heads or both. Zero channels and heads can be
     removed exactly; a width under a norm cannot. Errors: RequestError, and NotSupported if nothing can be pruned.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(6, 4)
+        >>> units = pr.train.coupled_units(model, x)
+        >>> [(group.name, group.size) for group in units.groups]
+        [('0', 8)]
     """
     model = with_plain_weights(model)
     granularities = granularity if isinstance(granularity, tuple) else (granularity,)
