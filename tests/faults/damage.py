@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.faults.aftermath import different
+from tests.faults.aftermath import besides_others, different
 from tests.faults.contents import contents
 from tests.faults.processes import prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
@@ -87,8 +87,11 @@ def flipped(verb: Verb, home: Path, state: State, flip: Flip) -> str:
     return answered(verb, home, state, (REFUSED, MISUSE) if told else (REFUSED,))
 
 
-def answered(verb: Verb, home: Path, state: State, refused: tuple[int, ...]) -> str:
-    """What is wrong with the answer to a changed home: it has to be refused soon, or make no difference."""
+def answered(verb: Verb, home: Path, state: State, refused: tuple[int, ...], *, others: bool = False) -> str:
+    """What is wrong with the answer to a changed home: it has to be refused soon, or make no difference.
+
+    others: records of other runs may stay in a journal that takes those of several runs.
+    """
     work = verb.check if state.name == "finished" and verb.check else verb.call
     ended = start(work, home).wait()
     if ended.code in refused:
@@ -98,6 +101,7 @@ def answered(verb: Verb, home: Path, state: State, refused: tuple[int, ...]) -> 
     if work is verb.check:
         return "accepted"
     names = different(contents(home), state.expected)
+    names = besides_others(names, state.expected) if others and verb.shares else names
     return f"accepted, and then these differ: {', '.join(names)}" if names else ""
 
 

@@ -4,7 +4,8 @@
 
 Two runs that differ in all that they read are killed at the same places. Then files of the one are put in place of the
 other's, one at a time and a whole folder at a time; journals of earlier states in place of later ones; journals lose
-their end. What is answered is a refusal that says what differs, or the result that would have come anyway.
+their end. What is answered is a refusal that says what differs, or the result that would have come anyway. A result of
+one file, such as a plan, is what it says: there is nothing beside it that could tell that it was another one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.damage import answered
-from tests.faults.processes import prepared, restore
+from tests.faults.processes import prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
 from tests.faults.states import State, states
 from tests.faults.verbs import JOB, Verb
@@ -54,7 +55,19 @@ def exchanged(verb: Verb, home: Path, state: State, other: State) -> Cases:
             (home / f"{name}{suffix}").unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 shutil.copyfile(other.home / f"{name}{suffix}", home / f"{name}{suffix}")
-        yield f"{state.name}, {name} of another run", partial(answered, verb, home, state, CODES)
+        what = f"{state.name}, {name} of another run"
+        if state.name == "finished" and verb.check and len(files_of(state.home)) == 1:
+            yield what, partial(is_theirs, verb, home, other)
+        else:
+            yield what, partial(answered, verb, home, state, CODES, others=True)
+
+
+def is_theirs(verb: Verb, home: Path, other: State) -> str:
+    """What is wrong where one file is the whole result: nothing beside it says whose it is, and it is the other's."""
+    assert verb.check is not None
+    here, there = (start(verb.check, place).wait() for place in (home, other.home))
+    same = (here.code, here.said) == (there.code, there.said) and here.code == 0
+    return "" if same else f"exit code {here.code}, and not what is said of the other one: {here.said[-600:]}"
 
 
 def older(verb: Verb, home: Path, before: State, state: State) -> Cases:

@@ -61,7 +61,11 @@ def interrupted(verb: Verb, home: Path, moment: Moment, part: float, seconds: fl
     """How the verb ends whose process gets the signal after a part of the time."""
     from prunella.cli import end_as_interrupted
 
-    process = start(verb.call, home, first=end_as_interrupted)
+    ready, began = os.pipe()
+    process = start(verb.call, home, first=lambda: (end_as_interrupted(), os.close(began), os.close(ready)))
+    os.close(began)
+    os.read(ready, 1)  # until the process ends signals as the command line does, as soon as it can
+    os.close(ready)
     time.sleep(part * seconds)
     for _ in range(1 + moment.twice):
         with suppress(ProcessLookupError):
