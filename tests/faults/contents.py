@@ -55,9 +55,11 @@ def _records(file: Path) -> list[tuple[str, str]]:
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
             rows = database.execute("SELECT identity, key, payload FROM records ORDER BY number").fetchall()
+        texts = [(whose, key, json.dumps(_timeless(json.loads(text)), sort_keys=True)) for whose, key, text in rows]
     except sqlite3.OperationalError:
         return []
-    texts = [(whose, key, json.dumps(_timeless(json.loads(payload)), sort_keys=True)) for whose, key, payload in rows]
+    except (sqlite3.DatabaseError, ValueError):  # damaged
+        return [("", f"cannot be read: {hashlib.sha256(file.read_bytes()).hexdigest()}")]
     return [(f"{key} of {whose}", f"{key} {text}") for whose, key, text in texts]
 
 

@@ -104,16 +104,14 @@ def shorter(verb: Verb, home: Path, state: State, rng: random.Random, most: int)
                     yield f"{state.name}, {name}: {statement}", partial(answered, verb, home, state, CODES)
 
 
-def pairs(verb: Verb, place: Path, most: int) -> Iterator[tuple[State, State]]:
+def pairs(verb: Verb, home: Path, most: int) -> Iterator[tuple[State, State]]:
     """The states of a run and those of another one, killed at the same places."""
-    both = list[list[State]]()
-    for label, job in (("one", JOB), ("other", OTHER)):
-        home = place / label / "home"
-        home.parent.mkdir(parents=True)
-        own = replace(verb, prepare=_prepared_by(verb, job))
-        both.append(list(states(own, home, prepared(own, home), most)))
-    for state in both[0]:
-        twin = next((other for other in both[1] if other.name == state.name), None)
+    other = replace(verb, prepare=_prepared_by(verb, OTHER))
+    elsewhere = home.parent / "other" / "home"
+    elsewhere.parent.mkdir()
+    twins = list(states(other, elsewhere, prepared(other, elsewhere), most))
+    for state in list(states(verb, home, prepared(verb, home), most)):
+        twin = next((other for other in twins if other.name == state.name), None)
         if twin is not None:
             yield state, twin
 
@@ -129,7 +127,7 @@ def _prepared_by(verb: Verb, job: str):  # type: ignore[no-untyped-def]
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each exchange, and what was wrong."""
     rng, before = random.Random(f"{verb.name} {effort.seed}"), list[State]()
-    for state, other in pairs(verb, home.parent, max(2, effort.most // 2)):
+    for state, other in pairs(verb, home, max(2, effort.most // 2)):
         yield from exchanged(verb, home, state, other)
         for earlier in before[-2:]:
             yield from older(verb, home, earlier, state)

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,24 +50,27 @@ def main(rounds: Sequence[Round], description: str | None, words: Sequence[str] 
     prepare()
     failures = 0
     for verb in (verb for verb in VERBS if verb.name in asked.verbs.split(",")):
-        for round_ in rounds:
-            effort = Effort(round_.most if asked.most is None else asked.most, asked.seed)
-            with working_folder() as place:
+        with working_folder() as place:  # one for all rounds, which share what is made once
+            for round_ in rounds:
+                effort = Effort(round_.most if asked.most is None else asked.most, asked.seed)
                 failures += told(round_, verb, round_.cases(verb, place / "home", effort), asked.first, asked.stride)
     return int(failures > 0)
 
 
+@cache
 def prepare() -> None:
     """What all forks share: one thread, and the libraries."""
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
     import torch
+    import typer.main
 
     import prunella as pr
     import prunella.cli.app
 
     torch.set_num_threads(1)
     _ = pr.plan, pr.lottery.imp, pr.experiments.pareto, pr.llm.solve_folder, prunella.cli.app
+    typer.main.get_command = cache(typer.main.get_command)  # as long as a whole verb
     draw_each_chart_once()
     trace_each_block_once()
     time_each_model_once()
