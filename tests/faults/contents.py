@@ -39,15 +39,24 @@ def _digest(place: Path) -> str:
     if place.suffix == ".sqlite":
         content = "\n".join(text for _, text in _records(place)).encode()
     elif place.name in ("run.json", "manifest.json"):
-        data = _timeless(json.loads(place.read_text()))
-        for page in PAGES if "files" in data else ():
-            data["files"].pop(page, None)  # its size depends on the digits of times
-        if place.name == "manifest.json":
-            data["files"].pop("run.json", None)
-        content = json.dumps(data, sort_keys=True).encode()
+        content = _record(place)
     else:
         content = place.read_bytes()
     return hashlib.sha256(content).hexdigest()
+
+
+def _record(file: Path) -> bytes:
+    """What a record or a manifest says; all its bytes if it is damaged."""
+    content = file.read_bytes()
+    try:
+        data = _timeless(json.loads(content))
+        for page in PAGES if "files" in data else ():
+            data["files"].pop(page, None)  # its size depends on the digits of times
+        if file.name == "manifest.json":
+            data["files"].pop("run.json", None)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return content
+    return json.dumps(data, sort_keys=True).encode()
 
 
 def _records(file: Path) -> list[tuple[str, str]]:
