@@ -19,6 +19,8 @@ from prunella.app.job import Job
 from prunella.app.prune_stages import Progress
 from prunella.errors import BadInput, Locked, RequestError
 from prunella.io.artifact import load
+from prunella.io.files import digest
+from prunella.io.journal import open_journal
 from prunella.recovery import checkpoint
 from tests.stopping import beside, killed
 
@@ -158,6 +160,34 @@ def test_a_flipped_bit_in_what_is_kept_is_refused(tmp_path: Path) -> None:
         file.write_bytes(sound)
     assert what(prune(tmp_path)) == expected  # all is read
     assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("gone", ["plan.safetensors", "recovered-01.safetensors", "*.safetensors"])
+def test_a_stage_whose_files_had_gone_is_done_again_under_its_record(tmp_path: Path, gone: str) -> None:
+    """As with a journal that is newer than the files beside it."""
+    expected, before = what(prune(tmp_path)), digests(tmp_path)
+    for file in tmp_path.glob(gone):
+        file.unlink()
+    assert what(prune(tmp_path)) == expected
+    assert digests(tmp_path) == before
+
+
+def test_a_stage_that_comes_out_otherwise_does_not_go_with_those_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(tmp_path)
+    (tmp_path / "plan.safetensors").unlink()
+    other = prune(None, target=pr.MACs(0.6)).plan
+    monkeypatch.setattr("prunella.app.prune.planned", lambda *_: other)
+    with pytest.raises(BadInput, match="do not fit each other\nthe plan came out otherwise"):
+        prune(tmp_path)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Every file by its digest, and the number of records of the journal."""
+    with open_journal(folder) as journal:
+        rows = {"records": str(journal._count)}
+    return rows | {file.name: digest(file) for file in folder.glob("*.safetensors")}
 
 
 # -- `run` with the recipe auto ------------------------------------------------------------------------------------

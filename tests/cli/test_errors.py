@@ -236,6 +236,29 @@ def test_an_output_that_cannot_be_written_is_found_before_any_work(
     assert Path("mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("output", ["n" * 300, "/".join(["p" * 200] * 25), "loop", "loop/x", "dangling/x"])
+def test_an_output_that_no_path_can_be_is_found_before_any_work(prunella: Run, shop: str, output: str) -> None:
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
+    source = (f"{shop}:net", *IMAGE)
+    for line in (
+        ("plan", *source, *HALF, "-o", output),
+        ("export", *source, "-o", output),
+        ("run", *source, *HALF, "-o", output),
+        ("scan", *source, "-o", output),
+        ("inspect", *source, "--html", output),
+        ("llm", "in", "--data", f"{shop}:loader", "-o", output),
+    ):
+        result = prunella(*line)
+        assert result.code == 2 and "cannot write" in result.err and "loading" not in result.err, result.err
+    assert sorted(path.name for path in Path().iterdir()) == ["dangling", "loop", f"{shop}.py"]
+
+
+def test_the_format_of_an_export_is_checked_before_any_work(prunella: Run, shop: str) -> None:
+    result = prunella("export", f"{shop}:net", *IMAGE, "-o", "small.bin")
+    assert result.code == 2 and "unknown export format 'bin'" in result.err and "loading" not in result.err
+
+
 def test_a_file_that_is_read_is_not_written(prunella: Run, shop: str) -> None:
     assert prunella("export", f"{shop}:net", *IMAGE, "-o", "w.safetensors").code == 0
     before = Path("w.safetensors").read_bytes()

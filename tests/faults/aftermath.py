@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.faults.contents import contents
+from tests.faults.contents import RECORD, contents
 from tests.faults.processes import start
 from tests.faults.verbs import Verb
 
@@ -29,3 +29,9 @@ def second_call(verb: Verb, home: Path, expected: dict[str, str]) -> str:
 def different(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """The names whose contents differ, or that one of the two does not have."""
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+
+
+def besides_others(names: list[str], expected: dict[str, str]) -> list[str]:
+    """Those of the names that do not only say that a journal holds records of other runs too."""
+    shared = {name.partition(RECORD)[0] for name in names if RECORD in name and name not in expected}
+    return [name for name in names if name not in shared and (RECORD not in name or name in expected)]

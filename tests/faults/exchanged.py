@@ -4,7 +4,8 @@
 
 Two runs that differ in all that they read are killed at the same places. Then files of the one are put in place of the
 other's, one at a time and a whole folder at a time; journals of earlier states in place of later ones; journals lose
-their end. What is answered is a refusal that says what differs, or the result that would have come anyway.
+their end. What is answered is a refusal that says what differs, or the result that would have come anyway. A result of
+one file, such as a plan, is what it says: there is nothing beside it that could tell that it was another one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.damage import answered
-from tests.faults.processes import prepared, restore
+from tests.faults.processes import prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
 from tests.faults.states import State, states
 from tests.faults.verbs import JOB, Verb
@@ -54,7 +55,19 @@ def exchanged(verb: Verb, home: Path, state: State, other: State) -> Cases:
             (home / f"{name}{suffix}").unlink(missing_ok=True)
             with suppress(FileNotFoundError):
                 shutil.copyfile(other.home / f"{name}{suffix}", home / f"{name}{suffix}")
-        yield f"{state.name}, {name} of another run", partial(answered, verb, home, state, CODES)
+        what = f"{state.name}, {name} of another run"
+        if state.name == "finished" and verb.check and len(files_of(state.home)) == 1:
+            yield what, partial(is_theirs, verb, home, other)
+        else:
+            yield what, partial(answered, verb, home, state, CODES, others=True)
+
+
+def is_theirs(verb: Verb, home: Path, other: State) -> str:
+    """What is wrong where one file is the whole result: nothing beside it says whose it is, and it is the other's."""
+    assert verb.check is not None
+    here, there = (start(verb.check, place).wait() for place in (home, other.home))
+    same = (here.code, here.said) == (there.code, there.said) and here.code == 0
+    return "" if same else f"exit code {here.code}, and not what is said of the other one: {here.said[-600:]}"
 
 
 def older(verb: Verb, home: Path, before: State, state: State) -> Cases:
@@ -91,16 +104,14 @@ def shorter(verb: Verb, home: Path, state: State, rng: random.Random, most: int)
                     yield f"{state.name}, {name}: {statement}", partial(answered, verb, home, state, CODES)
 
 
-def pairs(verb: Verb, place: Path, most: int) -> Iterator[tuple[State, State]]:
+def pairs(verb: Verb, home: Path, most: int) -> Iterator[tuple[State, State]]:
     """The states of a run and those of another one, killed at the same places."""
-    both = list[list[State]]()
-    for label, job in (("one", JOB), ("other", OTHER)):
-        home = place / label / "home"
-        home.parent.mkdir(parents=True)
-        own = replace(verb, prepare=_prepared_by(verb, job))
-        both.append(list(states(own, home, prepared(own, home), most)))
-    for state in both[0]:
-        twin = next((other for other in both[1] if other.name == state.name), None)
+    other = replace(verb, prepare=_prepared_by(verb, OTHER))
+    elsewhere = home.parent / "other" / "home"
+    elsewhere.parent.mkdir()
+    twins = list(states(other, elsewhere, prepared(other, elsewhere), most))
+    for state in list(states(verb, home, prepared(verb, home), most)):
+        twin = next((other for other in twins if other.name == state.name), None)
         if twin is not None:
             yield state, twin
 
@@ -116,7 +127,7 @@ def _prepared_by(verb: Verb, job: str):  # type: ignore[no-untyped-def]
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each exchange, and what was wrong."""
     rng, before = random.Random(f"{verb.name} {effort.seed}"), list[State]()
-    for state, other in pairs(verb, home.parent, max(2, effort.most // 2)):
+    for state, other in pairs(verb, home, max(2, effort.most // 2)):
         yield from exchanged(verb, home, state, other)
         for earlier in before[-2:]:
             yield from older(verb, home, earlier, state)

@@ -7,64 +7,21 @@ Each call is a forked process, in which the shim is armed; the second call is no
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from tests.faults.aftermath import lost, second_call
 from tests.faults.contents import bytes_of, contents
-from tests.faults.processes import prepared, restore, start
+from tests.faults.injected import KINDS, Fault, call
+from tests.faults.processes import prepared, restore
 from tests.faults.rounds import Cases, Effort, Round, main
+from tests.faults.states import undisturbed
 from tests.faults.verbs import Verb
 
-KINDS = ("write", "fsync", "rename", "unlink", "mkdir")
-ACTIONS = {"kill": (0, 0), "EIO": (1, errno.EIO), "ENOSPC": (1, errno.ENOSPC), "half": (2, 0)}
-NEVER = 1 << 40
 CODES = {"EIO": (0, 2, 3), "ENOSPC": (0, 5)}
 """How a verb may end whose call was refused; 0 where the call did not matter, as in cleaning up."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The call of that number, of that kind, ends so."""
-
-    kind: str
-    at: int
-    action: str
-
-    def __str__(self) -> str:
-        return f"{self.action} at {self.kind} {self.at}"
-
-
-def shim() -> ctypes.CDLL:
-    """The shim, which is loaded already."""
-    library = ctypes.CDLL(None)
-    library.faults_count.restype = ctypes.c_long
-    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_int, ctypes.c_int]
-    return library
-
-
-def call(verb: Verb, home: Path, fault: Fault | None) -> tuple[int, list[int], str]:
-    """Call the verb in a process of its own: its exit code, how often each kind was called, and what it said."""
-    told = home.parent / "told"
-    told.write_text("")
-    library = shim()
-
-    def arm() -> None:
-        kind, at = (KINDS.index(fault.kind), fault.at) if fault else (0, NEVER)
-        action, number = ACTIONS[fault.action] if fault else (0, 0)
-        library.faults_arm(os.fsencode(home), kind, at, action, number)
-
-    def tell() -> None:
-        told.write_text(" ".join(str(library.faults_count(kind)) for kind in range(len(KINDS))))
-
-    ended = start(verb.call, home, first=arm, last=tell).wait()
-    return ended.code, [int(word) for word in told.read_text().split()], ended.said
 
 
 def faults(counts: list[int], effort: Effort) -> Iterator[Fault]:
@@ -98,11 +55,11 @@ def tried(verb: Verb, home: Path, kept: Path, fault: Fault, expected: dict[str, 
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each fault, and what was wrong."""
     kept = prepared(verb, home)
-    code, counts, said = call(verb, home, None)
-    if code:
-        yield "no fault at all", lambda: f"exit code {code}: {said[-1000:]}"
+    alone = undisturbed(verb, home, kept)
+    if alone.code:
+        yield "no fault at all", lambda: f"exit code {alone.code}: {alone.said[-1000:]}"
         return
-    expected, all_faults = contents(home), list(faults(counts, effort))
+    expected, all_faults = alone.state.expected, list(faults(alone.counts, effort))
     print(f"{verb.name}: {len(all_faults)} faults", file=sys.stderr, flush=True)
     for fault in all_faults:
         yield str(fault), partial(tried, verb, home, kept, fault, expected)

@@ -1,6 +1,6 @@
 """Signals at random moments of every verb, alone or one after the other; then the second call.
 
-    python -m tests.faults.moments [--verbs run,llm] [--most 60] [--seed 0]
+    LD_PRELOAD=shim.so python -m tests.faults.moments [--verbs run,llm] [--most 60] [--seed 0]
 
 SIGKILL, SIGINT and SIGTERM reach the process anywhere: in Python, in torch, in SQLite, in a cleaning up. Whatever it
 was doing, the same call ends afterwards with the bits of a run that nothing stopped, and with no file more.
@@ -24,6 +24,7 @@ from tests.faults.aftermath import lost, second_call
 from tests.faults.contents import bytes_of, contents
 from tests.faults.processes import Ended, prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
+from tests.faults.states import undisturbed
 from tests.faults.verbs import Verb
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
@@ -61,7 +62,11 @@ def interrupted(verb: Verb, home: Path, moment: Moment, part: float, seconds: fl
     """How the verb ends whose process gets the signal after a part of the time."""
     from prunella.cli import end_as_interrupted
 
-    process = start(verb.call, home, first=end_as_interrupted)
+    ready, began = os.pipe()
+    process = start(verb.call, home, first=lambda: (end_as_interrupted(), os.close(began), os.close(ready)))
+    os.close(began)
+    os.read(ready, 1)  # until the process ends signals as the command line does, as soon as it can
+    os.close(ready)
     time.sleep(part * seconds)
     for _ in range(1 + moment.twice):
         with suppress(ProcessLookupError):
@@ -95,13 +100,12 @@ def tried(verb: Verb, home: Path, kept: Path, moment: Moment, seconds: float, ex
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each moment, and what was wrong."""
     kept = prepared(verb, home)
-    ended = start(verb.call, home).wait()
-    expected = contents(home)
-    if ended.code:
-        yield "no signal at all", lambda: f"exit code {ended.code}: {ended.said[-600:]}"
+    alone = undisturbed(verb, home, kept)
+    if alone.code:
+        yield "no signal at all", lambda: f"exit code {alone.code}: {alone.said[-600:]}"
         return
     for moment in moments(effort.most, random.Random(f"{verb.name} {effort.seed}")):
-        yield str(moment), partial(tried, verb, home, kept, moment, ended.seconds, expected)
+        yield str(moment), partial(tried, verb, home, kept, moment, alone.seconds, alone.state.expected)
 
 
 ROUND = Round("moments", round_of, most=60)

@@ -1,6 +1,6 @@
 """Too little room: a limit of the size of files at every power of two, and a small disk that is full at any moment.
 
-    python -m tests.faults.room [--verbs run,llm] [--most 8] [--seed 0]
+    LD_PRELOAD=shim.so python -m tests.faults.room [--verbs run,llm] [--most 8] [--seed 0]
 
 The exit code is 5 and the bytes that are needed are said; nothing half written is left, what was there before is whole,
 and with more room the same call ends as if nothing had happened. The small disk is a file system in memory, which only
@@ -26,6 +26,7 @@ from tests.faults.contents import bytes_of, contents
 from tests.faults.moments import LEFT
 from tests.faults.processes import Ended, prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
+from tests.faults.states import undisturbed
 from tests.faults.verbs import Verb
 
 FULL = 5
@@ -106,13 +107,12 @@ def _fill(disk: Path, free: int) -> None:
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each limit, and what was wrong."""
     kept, rng = prepared(verb, home), random.Random(f"{verb.name} {effort.seed}")
-    start(verb.call, home).wait()
-    expected = contents(home)
-    written = sum(file.stat().st_size for file in home.rglob("*") if file.is_file())
+    finished = undisturbed(verb, home, kept).state
+    expected = finished.expected
+    written = sum(file.stat().st_size for file in finished.home.rglob("*") if file.is_file())
     for size in SIZES[:: max(1, len(SIZES) // max(1, effort.most))]:
         restore(kept, home)
         yield f"files of {size} bytes at most", partial(limited, verb, home, size, expected)
-    shutil.rmtree(home)
     for k in range(effort.most):
         free = int(written * 1.2 * (k + rng.random()) / effort.most)
         yield f"a disk with {free} bytes free", partial(on_small_disk, verb, kept, free, expected)

@@ -22,7 +22,7 @@ from tests.faults.aftermath import different, second_call
 from tests.faults.contents import bytes_of, contents
 from tests.faults.processes import Ended, prepared, restore, start
 from tests.faults.rounds import Cases, Effort, Round, main
-from tests.faults.states import State, states
+from tests.faults.states import State, states, undisturbed
 from tests.faults.verbs import Verb
 
 REFUSED = 2
@@ -95,13 +95,11 @@ def reused(verb: Verb, home: Path, state: State, lock: str) -> str:
 def round_of(verb: Verb, home: Path, effort: Effort) -> Cases:
     """Each race and each lock, and what was wrong."""
     kept, rng = prepared(verb, home), random.Random(f"{verb.name} {effort.seed}")
-    alone = start(verb.call, home).wait()
-    expected = contents(home)
+    alone = undisturbed(verb, home, kept)
     for k in range(effort.most):
         delay = 0.0 if k % 3 == 0 else rng.random() ** 2 * (0.02 if k % 3 == 1 else WIDEST * alone.seconds)
         restore(kept, home)
-        yield f"two runs, {1e3 * delay:.1f} ms apart", partial(race, verb, home, delay, expected)
-    restore(kept, home)
+        yield f"two runs, {1e3 * delay:.1f} ms apart", partial(race, verb, home, delay, alone.state.expected)
     for state in states(verb, home, kept, 3):
         locks = [str(file.relative_to(state.home)) for file in locks_of(state.home)]
         outer = locks[:1]  # who holds an inner one holds this one too

@@ -62,7 +62,8 @@ def tokens():
 class Verb:
     """One job. call: does it. again: what a second call is told when the first was complete: 0, or 2 for "exists".
 
-    check: reads what is finished, where a second call does not.
+    check: reads what is finished, where a second call does not. shares: its journal takes the records of several runs,
+    each under its own identity.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Verb:
     prepare: Callable[[], object] = lambda: None
     again: tuple[int, ...] = (0,)
     check: Callable[[], object] | None = None
+    shares: bool = False
 
 
 def _line(*words: str) -> Callable[[], object]:
@@ -243,7 +245,7 @@ VERBS = (
     Verb("depth", _depth),
     Verb("train", _train),
     Verb("compare", _compare),
-    Verb("pareto", _pareto),
+    Verb("pareto", _pareto, shares=True),
     Verb(
         "llm", _line("llm", "source/llama", "--data", "source.job:tokens", *SHORT, "-o", "out"), _llama, (0, 2), VERIFY
     ),

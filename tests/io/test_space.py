@@ -15,7 +15,15 @@ import prunella as pr
 from prunella.errors import OutOfResources, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.lock import lock_file, locked
-from prunella.io.space import check_apart, check_output_file, check_output_folder, check_space, check_writable
+from prunella.io.space import (
+    check_apart,
+    check_folder_of_weights,
+    check_output_file,
+    check_output_folder,
+    check_room_for_journal,
+    check_space,
+    check_writable,
+)
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -84,6 +92,43 @@ def test_a_name_that_is_too_long_is_told_before_any_work(tmp_path: Path) -> None
     with locked(tmp_path / ("x" * 240)):
         check_output_file(tmp_path / ("x" * 240))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/", "it is the root of the file system"),
+        ("/".join(["p" * 200] * 25), r"its path has \d+ bytes, the longest name in it 200"),
+        (f"{'p' * 256}/out", r"its path has \d+ bytes, the longest name in it 256"),
+        ("loop", "it is a link that leads to itself"),
+    ],
+)
+def test_a_path_that_nothing_can_have_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for check in (check_output_file, check_output_folder, check_writable, lock_file, check_folder_of_weights):
+        with pytest.raises(RequestError, match=said):
+            check(path)
+
+
+@pytest.mark.parametrize("link", ["dangling", "loop"])
+def test_a_folder_below_a_link_to_nothing_is_told_before_any_work(tmp_path: Path, link: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for check in (check_room_for_journal, check_output_folder):
+        with pytest.raises(RequestError, match=f"{link} is a link that leads to no folder"):
+            check(tmp_path / link / "x")
+    with pytest.raises(RequestError, match="leads to no folder"):
+        check_room_for_journal(tmp_path / link)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_transformers_reads_no_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    check_folder_of_weights(tmp_path / "\u00fc")
+    with pytest.raises(RequestError, match="its name is not UTF-8"):
+        check_folder_of_weights(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff"))
 
 
 def test_what_a_source_links_to_is_read_too(tmp_path: Path) -> None:

@@ -20,7 +20,15 @@ from torch import nn
 from prunella.app.job import Job, Quality
 from prunella.app.prune_stages import StageTimer
 from prunella.app.record import RECORD
-from prunella.errors import CheckFailed, NotSupported, OutOfResources, PruningError, RequestError, TargetMissed
+from prunella.errors import (
+    BadInput,
+    CheckFailed,
+    NotSupported,
+    OutOfResources,
+    PruningError,
+    RequestError,
+    TargetMissed,
+)
 from prunella.io.files import check_free, clean_up_after_kill, digest, plain_name
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME, Records, open_journal, open_records
@@ -133,13 +141,40 @@ class Stages:
         return True
 
     def _record(self, key: str, file: Path | None, payload: Mapping[str, Any]) -> None:
-        """Record a finished stage, with its result, the digest of its file and the random states."""
+        """Record a finished stage, with its result, the digest of its file and the random states.
+
+        A stage whose files had gone, as with a journal that is newer than they are, is done again; its record stays.
+        """
         if self._folder is None:
             return
-        random = self._folder / f"random-{len(list(self.records)):02d}.safetensors"
+        random = self._folder / self._random_name(key)
         save_state(rng_state(self._data), random)
         files = {f.name: entry_of(f) for f in (file, random) if f is not None}
+        if key in self.records:
+            before = self._files_of(key)
+            if before == files:
+                return
+            self._check_again(key, file is not None and before.get(file.name) not in (None, files[file.name]))
         self.records.add(key, {**payload, "files": files, "random": random.name})
+
+    def _random_name(self, key: str) -> str:
+        """The file of the random states after a stage, the same whenever the stage is done."""
+        if key in self.records:
+            return plain_name(self.records.fields(key).text("random"))
+        return f"random-{len(list(self.records)):02d}.safetensors"
+
+    def _files_of(self, key: str) -> Mapping[str, Any]:
+        return self.records.fields(key).section("files").data
+
+    def _check_again(self, key: str, changed: bool) -> None:
+        """Errors: BadInput if a stage came out otherwise than before, and others were done with its result."""
+        stages = [name for name in self.records if "random" in self.records[name]]
+        if changed and stages[-1] != key:
+            what, why = (
+                f"the stages in {self._folder} do not fit each other",
+                f"the {key} came out otherwise than before",
+            )
+            raise BadInput(what, why, f"remove {self._folder} to start again")
 
     def _go_on(self, key: str, timer: StageTimer | None = None) -> None:
         """Restore the random states and the history to those after the stage."""

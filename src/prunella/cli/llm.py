@@ -44,14 +44,14 @@ def llm(
     Ends with perplexity, agreement, a sample of text and tokens a second of both models, report.html and a model card.
     The same command resumes a killed run.
     """
-    from prunella.io.space import check_apart, check_writable
+    from prunella.io.space import check_apart, check_folder_of_weights
 
     request = LLMRequest(model, zeros, structure, source, judging, memory)
     request.check()
     if not dry_run:
         sources = (shared_source(word)[0] for word in source.data or ())
         check_apart(output, model, source.held_out, judging.text, *sources)
-        check_writable(output)
+        check_folder_of_weights(output)
     if request.in_memory:
         in_memory(request, output, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     elif dry_run:

@@ -195,10 +195,12 @@ def export(
 ) -> None:
     """Export a model, or a folder of `run`, to FILE.safetensors, FILE.pt2 or FILE.onnx; read it back and compare."""
     from prunella.cli.parse import check_new_file, open_source
+    from prunella.io.export import check_format
     from prunella.io.export import export as write
 
     only_on_cpu("an export")
     check_new_file(output, source, factory, overwrite=overwrite)
+    check_format(output)
     network, example = open_source(source, factory=factory)
     with stage(f"writing {output}"):
         written = write(network, output, inputs=example, any_size=any_size)

@@ -25,6 +25,7 @@ from prunella.io.load import load_model, load_object
 from prunella.io.manifest import read_manifest
 from prunella.io.plan_file import load_plan
 from prunella.io.space import check_apart, check_output_file, check_room_for_journal
+from prunella.io.temporary import check_name
 from prunella.model.user_code import as_user_function, call_user
 from prunella.planning.by_hand import ByHand
 from prunella.planning.loadable import Loadable
@@ -132,12 +133,15 @@ def check_new_file(
 ) -> None:
     """Check, before any work, that the file is writable, is not an input, and is not overwritten by accident."""
     if file is not None:
+        check_name(file)
         _check_unused(file, overwrite=overwrite)
         check_output_file(file, source.model, source.weights, *others)
 
 
 def check_new_plan(file: Path | None, source: options.SourceOptions, *others: str | None) -> None:
     """`check_new_file` for a plan, which replaces a plan and nothing else."""
+    if file is not None:
+        check_name(file)
     if file is not None and file.is_file() and not is_plan(file):
         what = f"{file} exists, and is not a plan"
         raise RequestError(what, f"{described_path(file)}, and only a plan is replaced", "choose another name")
@@ -151,6 +155,7 @@ def check_tables(*files: Path | None, sources: Sequence[str | Path | None], over
     """
     wanted = [file for file in files if file is not None]
     for number, file in enumerate(wanted):
+        check_name(file)
         _check_unused(file, overwrite=overwrite)
         check_output_file(file, *sources)
         if any(os.path.realpath(file) == os.path.realpath(other) for other in wanted[:number]):

@@ -242,6 +242,11 @@ def _zeros(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int, int]:
     return kept, total
 
 
+def check_format(path: Path) -> None:
+    """Errors: RequestError unless the suffix is that of a format."""
+    _format(path, None)
+
+
 def _format(path: Path, chosen: Format | None) -> Format:
     wanted = chosen or path.suffix.removeprefix(".")
     for known in FORMATS:

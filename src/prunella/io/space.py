@@ -46,6 +46,17 @@ def check_output_folder(
     check_writable(path)
 
 
+def check_folder_of_weights(path: str | os.PathLike[str]) -> None:
+    """`check_writable` for a folder that transformers reads. Errors: also RequestError for a name that is not UTF-8."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        name = os.path.abspath(path).encode(errors="replace").decode()
+        why = "its name is not UTF-8, and the library of safetensors reads no such file"
+        raise RequestError(f"cannot write {name}", why, "choose another name") from error
+    check_writable(path)
+
+
 def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
     """Errors: RequestError unless files can be written in the folder, which need not exist. Leaves no file."""
     check_writable(Path(folder) / "journal")
@@ -57,7 +68,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     check_name(final)
     standing = _standing(final.parent)
     with writing(path):
-        blocked = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
+        blocked = next((place for place in final.parents if os.path.lexists(place) and not place.is_dir()), None)
+        if blocked is not None and blocked.is_symlink():
+            what, why = f"cannot write {os.fspath(path)}", f"{blocked} is a link that leads to no folder"
+            raise RequestError(what, why, "choose another folder")
         if blocked is not None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(blocked))
         clean_up(standing)

@@ -29,16 +29,33 @@ _LONGEST = 200
 """Bytes of the final name that a temporary one repeats: names have at most 255."""
 _LONGEST_NAME = 240
 """The most bytes of a name, so that names such as `.NAME.lock` are valid too."""
+_LONGEST_PART, _LONGEST_PATH = 255, 4095
+"""The most bytes of a name in a path, and of the path, that systems accept."""
 _ours: set[str] = set()
 """Names that this process has created and not yet removed."""
 
 
 def check_name(path: str | os.PathLike[str]) -> None:
-    """Errors: RequestError for a name that leaves no room for the names of its lock and temporary files."""
-    name = os.path.basename(os.fspath(path))
-    if (size := len(os.fsencode(name))) > _LONGEST_NAME:
+    """Errors: RequestError for a path that can have no lock and temporary files next to it.
+
+    That is a name without room for theirs, a path that is too long for the system, the root of the file system, and a
+    link that leads to itself.
+    """
+    whole = os.path.abspath(path)
+    *_, name = parts = whole.split(os.sep)
+    size, longest = len(os.fsencode(name)), max(len(os.fsencode(part)) for part in parts)
+    if size > _LONGEST_NAME:
         todo = f"choose a name of at most {_LONGEST_NAME} bytes"
         raise RequestError(f"cannot write {name[:40]}...", f"its name has {size} bytes, which is too long", todo)
+    if longest > _LONGEST_PART or len(os.fsencode(whole)) > _LONGEST_PATH:
+        why = f"its path has {len(os.fsencode(whole))} bytes, the longest name in it {longest}, which is too long"
+        raise RequestError(f"cannot write {whole[:40]}...", why, "choose a shorter path")
+    if not name:
+        raise RequestError(f"cannot write {whole}", "it is the root of the file system", "choose a name in it")
+    if os.path.islink(whole) and os.path.islink(os.path.realpath(whole)):
+        raise RequestError(
+            f"cannot write {os.fspath(path)}", "it is a link that leads to itself", "choose another name"
+        )
 
 
 def followed(path: str | os.PathLike[str]) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from prunella.io.files import clean_up_after_kill
-from prunella.io.space import check_apart, check_space, check_writable
+from prunella.io.space import check_apart, check_folder_of_weights, check_space
 from prunella.io.temporary import followed
 from prunella.llm.blockwise import Solving
 from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calibration, split
@@ -124,7 +124,7 @@ def solve_and_close(
     check_output(folder, overwrite=overwrite)
     check_apart(folder, source)
     if group.is_main:
-        check_writable(folder)
+        check_folder_of_weights(folder)
     parts = split(data)
     calibration, drawn = as_calibration(parts.data), None
     if calibration is not None:
