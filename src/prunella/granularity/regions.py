@@ -68,4 +68,6 @@ class Labelled:
 
     def _sums(self, scores: Saliency) -> Scores:
         count = int(self.units.max()) + 1
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.units.flatten(), scores.double().flatten())
+        return torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(
+            0, self.units.flatten(), scores.double().flatten()
+        )

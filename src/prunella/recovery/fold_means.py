@@ -124,7 +124,7 @@ def _fold(item: Reader | Skipped, means: _Means) -> Fold:
             shift = shift if submatrix.expected is None else shift[submatrix.expected.to(shift.device)]
             assert part.small.bias is not None  # the reader is biased
             bias = part.small.bias[submatrix.small]
-            positions = torch.arange(len(shift)) if submatrix.rows is None else submatrix.rows
+            positions = torch.arange(len(shift), device="cpu") if submatrix.rows is None else submatrix.rows
             bias[positions] = (bias[positions].double() + shift).to(bias.dtype)
             largest = max(largest, float(shift.abs().max()) if len(shift) else 0.0)
     return Fold(item.name, largest)

@@ -308,5 +308,5 @@ def _example(entry: _Entry) -> Inputs | None:
         dtype = getattr(torch, name, None)
         if not isinstance(dtype, torch.dtype):
             raise BadInput("the manifest is broken", f"{name!r} is not a dtype", "write the folder again")
-        inputs.append(torch.zeros(shape, dtype=dtype))
+        inputs.append(torch.zeros(shape, dtype=dtype, device="cpu"))
     return None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)

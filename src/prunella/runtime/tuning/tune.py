@@ -127,7 +127,7 @@ class Tuner:
 
 def cache_eviction(cache: int) -> Run:
     """A call that reads twice the size of the largest cache, so that nothing else stays in it."""
-    other = torch.ones(max(1, cache // 2))  # ones: all pages of zeros may be the same page
+    other = torch.ones(max(1, cache // 2), device="cpu")  # ones: all pages of zeros may be the same page
     return other.sum
 
 
@@ -204,7 +204,7 @@ def candidates(
     matrix = weight.detach().reshape(len(weight), -1)
     bias = None if bias is None else bias.detach()
     shape = problem.image or (problem.size, matrix.shape[1])
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, device="cpu")
     if channels_last and geometry is not None:
         x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
     routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
@@ -225,7 +225,7 @@ def candidates(
 def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed: int) -> dict[Choice, Run]:
     """The dense candidates of a linear layer."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((problem.size, weight.shape[1]), generator=generator)
+    x = torch.randn((problem.size, weight.shape[1]), generator=generator, device="cpu")
     return {choice: _call(choice, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
 
 
@@ -265,7 +265,7 @@ def _call_conv(
 ) -> Run:
     """A call of a convolution with what is fused: a dense one folds its batch norm, and adds and activates in place."""
     high, wide = geometry.positions((x.shape[2], x.shape[3]))
-    y = torch.ones(x.shape[0], len(weight), high, wide) if fused.residual else None
+    y = torch.ones(x.shape[0], len(weight), high, wide, device="cpu") if fused.residual else None
     residual = y if y is None or not is_channels_last(x) else y.contiguous(memory_format=torch.channels_last)
     norm = None if fused.norm is None else nn.BatchNorm2d(len(weight)).eval().requires_grad_(False)
     if choice is Route.TORCH:
