@@ -85,9 +85,8 @@ def isomorphic(pools: Sequence[Pool]) -> list[Tensor]:
         members = indices[::-1]  # of equal scores those of the last group are removed first, as in every selection
         scores = torch.cat([pools[index].scores.double() for index in members])
         ranks = torch.empty(len(scores), dtype=torch.float64, device="cpu")
-        ranks[scores.argsort(stable=True)] = (torch.arange(len(scores), dtype=torch.float64, device="cpu") + 0.5) / len(
-            scores
-        )
+        middles = (torch.arange(len(scores), dtype=torch.float64, device="cpu") + 0.5) / len(scores)
+        ranks[scores.argsort(stable=True)] = middles
         parts = torch.split(ranks, [pools[index].size for index in members])
         keys.update(zip(members, parts, strict=True))
     return [keys[index] for index in range(len(pools))]

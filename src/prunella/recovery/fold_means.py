@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.model.batches import batches
+from prunella.model.device import check_float64
 from prunella.model.forward import run
 from prunella.model.masks import reapply_
 from prunella.model.observed_reads import Read
@@ -68,6 +69,7 @@ def fold_means(
     """
     data = list(data) if isinstance(data, Iterator) else data
     small_, dense_ = unwrap(small), unwrap(dense)
+    check_float64(dense_, "layers are refitted")
     with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         stream = batches(data)
         items = readers_of(small_, dense_, next(stream), plan, loss)

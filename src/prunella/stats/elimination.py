@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput
 from prunella.graph.data import Group
+from prunella.model.device import home_of_sums
 from prunella.model.forward import real_tokens
 from prunella.model.observed_reads import Read
 from prunella.model.watch import Watch
@@ -185,9 +186,10 @@ def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
 
 def column_sums(x: Tensor) -> Tensor:
     """`x.sum(0)` in float64, of products with ones that add some thousand rows in the precision of x: much quicker."""
-    ones, total = x.new_ones(1, min(FEW, len(x))), x.new_zeros(x.shape[1], dtype=torch.float64)
+    ones = x.new_ones(1, min(FEW, len(x)))
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=home_of_sums(x.device))
     for part in torch.split(x, FEW):
-        total += (ones[:, : len(part)] @ part)[0]
+        total += (ones[:, : len(part)] @ part)[0].to(total.device)
     return total
 
 
@@ -205,11 +207,8 @@ class Covariance:
         """Add tokens, `(tokens, in)`."""
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centered else x.new_zeros(x.shape[1]).double()
-            self.total, self.products = (
-                torch.zeros_like(self.origin),
-                torch.zeros(x.shape[1], x.shape[1], device="cpu").double(),
-            )
-            self.products = self.products.to(x.device)
+            self.total = torch.zeros_like(self.origin)
+            self.products = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         x = x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
         x = x - self.origin.to(x.dtype) if self.centered else x
         self.tokens += len(x)

@@ -221,7 +221,7 @@ def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[
 
 def _places(group: Group, index: object, unit: object) -> Tensor | None:
     """Positions by unit, `(units, k)`; None if units have different numbers of positions."""
-    at, of = torch.as_tensor(index), torch.as_tensor(unit)
+    at, of = torch.as_tensor(index, device="cpu"), torch.as_tensor(unit, device="cpu")
     counts = torch.bincount(of, minlength=group.size)
     if not bool((counts == counts[0]).all()):
         return None
