@@ -73,6 +73,8 @@ def on_accelerator(devices: torch.device | str) -> bool:
 
 def short_of_memory(error: BaseException) -> bool:
     """Whether an accelerator is out of memory; for the memory of the machine Python and torch raise other errors."""
+    if isinstance(error, OutOfResources) and error.__cause__ is not None:
+        return short_of_memory(error.__cause__)
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(part in text for part in ACCELERATOR_FULL)
