@@ -49,6 +49,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in _state(model)), torch.device("cpu"))
 
 
+def device_name(device: torch.device) -> str:
+    """What torch calls this device, such as its product's name."""
+    if device.type in ("cuda", "xpu"):
+        return str(torch.get_device_module(device).get_device_name(device))
+    return str(device)
+
+
 def devices_of(*models: nn.Module) -> str:
     """All devices of the models, as `synchronize` takes them: `cpu`, or `cuda:0, cuda:1`."""
     names = dict.fromkeys(str(tensor.device) for model in models for tensor in _state(model))
@@ -60,6 +67,8 @@ def synchronize(devices: torch.device | str) -> None:
 
     devices: one, or several as `devices_of` lists them.
     """
+    if str(devices) == "cpu":  # timed calls end here: keep it fast
+        return
     accelerator = torch.accelerator.current_accelerator()
     for name in str(devices).split(", ") if accelerator is not None else ():
         if torch.device(name).type == getattr(accelerator, "type", ""):

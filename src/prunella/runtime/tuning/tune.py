@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunella.errors import PruningError
 from prunella.measure.clock import now, since
 from prunella.measure.timing import Ratio, compare_latency, own_clock
+from prunella.model.device import synchronize
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
@@ -318,14 +319,15 @@ def decide(
     seed: int,
     base: Callable[[Choice], bool] = is_dense,
     before: Callable[[Choice], object] | None = None,
+    device: str = "cpu",
 ) -> Verdict:
     """The fastest candidate. One that is not a base (by default, not dense) wins only if its whole interval is above 1.
 
     A screening drops slow candidates. The best base and the best of the others then run in interleaved rounds. before:
-    runs ahead of each call and is not timed.
+    runs ahead of each call and is not timed. device: where the work is done; the clock waits for it.
     """
     with torch.inference_mode():
-        times = screen(runs, seconds / 2, base, before)
+        times = screen(runs, seconds / 2, base, before, device)
         first = min((c for c in times if base(c)), key=times.__getitem__)
         rival = min((c for c in times if not base(c)), key=times.__getitem__, default=None)
         if rival is None or times[rival] > _CLOSE * times[first]:
@@ -335,7 +337,7 @@ def decide(
         before_name = None if before is None else lambda name: before(choices[name])
         round_seconds = times[first] + times[rival]
         if before is not None:
-            round_seconds += _seconds(before, first) + _seconds(before, rival)
+            round_seconds += _seconds(before, first, device) + _seconds(before, rival, device)
         least = _LEAST_ROUNDS if before is None else _EVICTING_ROUNDS  # times vary more if weights come from memory
         clear = times[first] > _CLOSE * times[rival]  # then few rounds are enough, unless the machine is busy
         rounds = (
@@ -343,7 +345,13 @@ def decide(
         )
         while True:
             ratio = compare_latency(
-                pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock(), before=before_name
+                pair,
+                rounds=rounds,
+                warmup=1,
+                seed=seed,
+                device=device,
+                clock=own_clock(device),
+                before=before_name,
             ).ratio
             if ratio.faster or ratio.value < _PROMISING or rounds == _MOST_ROUNDS:
                 break
@@ -351,11 +359,13 @@ def decide(
     return Verdict(problem, rival if ratio.faster else first, rival, ratio)
 
 
-def _seconds(before: Callable[[Choice], object], choice: Choice) -> float:
-    """Seconds of one call of `before`."""
-    clock = own_clock()
+def _seconds(call: Callable[[Choice], object], choice: Choice, device: str) -> float:
+    """Seconds of one call with the choice."""
+    clock = own_clock(device)
+    synchronize(device)
     start = clock()
-    before(choice)
+    call(choice)
+    synchronize(device)
     return clock() - start
 
 
@@ -364,16 +374,14 @@ def screen(
     seconds: float,
     base: Callable[[Choice], bool],
     before: Callable[[Choice], object] | None = None,
+    device: str = "cpu",
 ) -> dict[Choice, float]:
     """Seconds of the fastest call of each candidate, measured in turns; slow candidates get no further turns."""
-    clock = own_clock()
 
     def once(choice: Choice) -> float:
         if before is not None:
             before(choice)
-        start = clock()
-        runs[choice]()
-        return max(clock() - start, 1e-9)
+        return max(_seconds(lambda chosen: runs[chosen](), choice, device), 1e-9)
 
     times = {choice: min(once(choice), once(choice)) for choice in runs}
     start = now()
