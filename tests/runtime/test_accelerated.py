@@ -21,7 +21,7 @@ from prunella.runtime.accelerated import AcceleratedLinear
 from prunella.runtime.kernels import accelerator
 from prunella.runtime.kernels.accelerator import Kernel, block_density, is_two_of_four, kernels_of
 from prunella.runtime.record import Sparsified
-from prunella.runtime.tuning.choice import Route, Table, from_json
+from prunella.runtime.tuning.choice import Route, Table, describe, from_json
 from tests.devices.second import DEVICE, far, move_, near, second_device
 
 MICROSECONDS = {Route.TORCH: 100, Route.COMPILED: 110, Route.SEMI: 60, Route.BSR16: 30, Route.BSR32: 40}
@@ -244,3 +244,8 @@ def test_the_kernels_of_cuda_take_what_they_are_for() -> None:
     assert blocks == {Route.COMPILED, Route.BSR16, Route.BSR32}  # a half of those of 32x32 is in use
     packed = there[Route.BSR16].pack(in_blocks(half.float()))
     assert packed.layout is torch.sparse_bsr and packed.to_dense().equal(in_blocks(half.float()))
+
+
+def test_every_operation_has_a_name_in_the_record() -> None:
+    names = [describe(route) for route in Route]
+    assert len(set(names)) == len(names)

@@ -6,6 +6,7 @@ it is used: one that fails or differs is left out.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -69,7 +70,9 @@ def _two_of_four(matrix: Tensor) -> Tensor:
 
 
 def _in_blocks(block: int, matrix: Tensor) -> Tensor:
-    return matrix.to_sparse_bsr((block, block))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this layout is in beta
+        return matrix.to_sparse_bsr((block, block))
 
 
 def _block_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
