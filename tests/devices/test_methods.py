@@ -1,7 +1,7 @@
 """Each method on the second device: it runs, and it decides and computes what it does on the CPU.
 
 Operands on two devices raise there, so that a mask, a statistic or a random number on the wrong device is found without
-an accelerator. The tests of other folders run there too: `make devices`.
+an accelerator. The tests of other folders run there too, with `tests/devices/plugin.py`.
 """
 
 from __future__ import annotations
