@@ -79,16 +79,15 @@ gpu-wheels: ## collect in wheels/ what make gpu needs on a machine without a net
 	$(PYTHON) tests/gpu/wheels.py $(WHEELS) --python $(GPU_VERSION) $(if $(PLATFORM),--platform $(PLATFORM))
 
 gpu: ## test and measure on a GPU, with the torch of PYTHON and the wheels of wheels/ (under eight minutes)
-	$(SAY) "making .venv-gpu beside the torch of $(PYTHON)"
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' || { \
 	  echo "$(PYTHON) has no torch; say which Python has by: make gpu PYTHON=/path/to/python" >&2; exit 1; }
-	test -x .venv-gpu/bin/python || $(PYTHON) -m venv --system-site-packages .venv-gpu
-	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELS) \
-	  $$(.venv-gpu/bin/python tests/gpu/wheels.py --needed $(WHEELS))
+	$(SAY) "putting the wheels of $(WHEELS) into .venv-gpu, beside that torch"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELS) --upgrade \
+	  --target .venv-gpu $$($(PYTHON) tests/gpu/wheels.py --needed $(WHEELS))
 	$(SAY) "running the tests marked gpu"
-	PYTHONPATH=src .venv-gpu/bin/python -m pytest tests/gpu -m gpu -rs -s --session-timeout=330 --timeout=120
+	PYTHONPATH=src:.venv-gpu $(PYTHON) -m pytest tests/gpu -m gpu -rs -s --session-timeout=330 --timeout=120
 	$(SAY) "measuring"
-	PYTHONPATH=src timeout 120 .venv-gpu/bin/python benchmarks/gpu.py
+	PYTHONPATH=src:.venv-gpu timeout 120 $(PYTHON) benchmarks/gpu.py
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) .venv-gpu site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
