@@ -5,16 +5,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TESTS ?= tests
+WHEELS ?= wheels
+GPU_VERSION ?= 3.11
 EXAMPLES ?= $(filter-out examples/parts.py,$(sort $(wildcard examples/*.py)))
 SAY = @printf '\n== %s\n'
 
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs examples bench mutants kernels fuzz faults wheel clean
+.PHONY: help install demo test check docs examples bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 14
 
 install: $(VENV)/.stamp-base ## install prunella into .venv
 	$(SAY) "prunella is in $(BIN); try: $(BIN)/prunella --help"
@@ -72,8 +74,23 @@ wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in di
 	$(SAY) "building and testing the wheel"
 	PRUNELLA_DIST=$${PRUNELLA_DIST-$(CURDIR)/dist} $(BIN)/python -m pytest tests/runtime/test_wheel.py
 
+gpu-wheels: ## collect in wheels/ what make gpu needs on a machine without a network
+	$(SAY) "collecting wheels for Python $(GPU_VERSION) into $(WHEELS)"
+	$(PYTHON) tests/gpu/wheels.py $(WHEELS) --python $(GPU_VERSION) $(if $(PLATFORM),--platform $(PLATFORM))
+
+gpu: ## test and measure on a GPU, with the torch of PYTHON and the wheels of wheels/ (under eight minutes)
+	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' || { \
+	  echo "$(PYTHON) has no torch; say which Python has by: make gpu PYTHON=/path/to/python" >&2; exit 1; }
+	$(SAY) "putting the wheels of $(WHEELS) into .venv-gpu, beside that torch"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --find-links $(WHEELS) --upgrade \
+	  --target .venv-gpu $$($(PYTHON) tests/gpu/wheels.py --needed $(WHEELS))
+	$(SAY) "running the tests marked gpu"
+	PYTHONPATH=src:.venv-gpu $(PYTHON) -m pytest tests/gpu -m gpu -rs -s --session-timeout=330 --timeout=120
+	$(SAY) "measuring"
+	PYTHONPATH=src:.venv-gpu timeout 120 $(PYTHON) benchmarks/gpu.py
+
 clean: ## remove what the other targets made, .venv too
-	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-gpu site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f src/prunella/runtime/kernels/libprunella.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -25,7 +25,9 @@ from functools import cache
 from typing import Any
 
 _FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
-_MEMORY = ("can't allocate memory", "CUDA out of memory")
+ACCELERATOR_FULL = ("CUDA out of memory", "HIP out of memory", "XPU out of memory", "MPS backend out of memory")
+"""Messages of accelerators without free memory; torch has a type of error for most of them, `OutOfMemoryError`."""
+_MEMORY = ("can't allocate memory",)
 _SYSTEM = re.compile(r"\(os error (\d+)\)")
 _SHORT_WRITE = ("unexpected pos", "database or disk is full")
 """Messages of torch's archive writer and of SQLite after an incomplete write."""
@@ -141,7 +143,9 @@ def out_of_resources(error: BaseException) -> OutOfResources | None:
     text, number = str(error), error_number(error)
     if number in _FULL or (not isinstance(error, OSError) and any(part in text for part in _SHORT_WRITE)):
         return OutOfResources("the disk is full", text, "free some space, or write elsewhere")
-    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
+    if type(error).__name__ == "OutOfMemoryError" or any(part in text for part in ACCELERATOR_FULL):
+        return OutOfResources("out of memory", text, "use smaller batches, or leave --device out and run on the CPU")
+    short = isinstance(error, MemoryError) or number == errno.ENOMEM
     if short or any(part in text for part in _MEMORY):
         return OutOfResources("out of memory", text, "use a smaller example (--inputs) or a smaller model")
     return None

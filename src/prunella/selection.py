@@ -60,7 +60,7 @@ def weights_freed(scores: Scores, sizes: Scores) -> Tensor:
 
 def without_lowest(scores: Scores, count: int) -> Mask:
     """The mask of a vector without its `count` lowest scores."""
-    mask = torch.ones(len(scores), dtype=torch.bool)
+    mask = torch.ones(len(scores), dtype=torch.bool, device="cpu")
     mask[removal_order(scores.cpu())[:count]] = False
     return mask
 

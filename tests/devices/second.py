@@ -21,12 +21,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunella.model import device
+
 DEVICE = torch.device("lazy", 0)
+OTHER = torch.device("lazy", 1)
+"""Another device of the same type, for models over several."""
 _aten = torch.ops.aten
 _BETWEEN = {_aten._to_copy, _aten.copy_, _aten.copy, _aten.set_}
 """Operations whose operands may lie on two devices."""
 _INDEXED = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
 """Operations whose indices may lie on the CPU."""
+
+
+MISSING: set[torch.dtype] = set()
+"""Types of numbers that the device does not have; see `without_float64`."""
 
 
 def strict() -> bool:
@@ -40,33 +48,33 @@ class Far(Tensor):
     near: Tensor
 
     @staticmethod
-    def __new__(cls, near: Tensor) -> Far:
+    def __new__(cls, near: Tensor, device: torch.device = DEVICE) -> Far:
         far: Far = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             near.shape,
             strides=near.stride(),
             storage_offset=near.storage_offset(),
             dtype=near.dtype,
-            device=DEVICE,
+            device=device,
         )
         far.near = near
         return far
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        return Far(self.near.detach())
+        return Far(self.near.detach(), self.device)
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.near = value.near if isinstance(value, Far) else value
-        Tensor.data.__set__(self, Far(self.near))  # type: ignore[attr-defined]
+        Tensor.data.__set__(self, Far(self.near, self.device))  # type: ignore[attr-defined]
 
     def untyped_storage(self) -> torch.UntypedStorage:
         """That of the values: two views of one tensor share it, as they do on a real device."""
         return self.near.untyped_storage()
 
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
-        return Far(self.near.new_tensor(data, **options))
+        return Far(self.near.new_tensor(data, **options), self.device)
 
     def tolist(self) -> Any:
         return self.near.tolist()
@@ -77,7 +85,7 @@ class Far(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """As a plain tensor: a parameter is copied without its gradient."""
         if id(self) not in memo:
-            replica = Far(self.near.detach().clone())
+            replica = Far(self.near.detach().clone(), self.device)
             parameter = nn.Parameter(replica, self.requires_grad) if isinstance(self, nn.Parameter) else replica
             memo[id(self)] = parameter.requires_grad_(self.requires_grad)
         return memo[id(self)]  # type: ignore[no-any-return]
@@ -108,12 +116,20 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if packet is _aten.copy_ and not isinstance(args[0], Far):
         return func(args[0], _near(args[1]), *args[2:])
     _refuse_foreign_generator(kwargs)
-    away = torch.device(asked).type == DEVICE.type if asked is not None else True
+    place = _place(asked, operands)
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     result = func(*tree_map(_near, args), **tree_map(_near, kwargs))
     same = {id(_near(x)): x for x in operands}
-    return tree_map(lambda x: _returned(x, same, away), result)
+    return tree_map(lambda x: _returned(x, same, place), result)
+
+
+def _place(asked: Any, operands: list[Tensor]) -> torch.device | None:
+    """The second device on which a result is; None for the CPU."""
+    if asked is None:
+        return next(x.device for x in operands if isinstance(x, Far))
+    named = torch.device(asked)
+    return torch.device(DEVICE.type, named.index or 0) if named.type == DEVICE.type else None
 
 
 def _indices(index: Any) -> Any:
@@ -129,20 +145,24 @@ def _near(value: Any) -> Any:
     return value.near if isinstance(value, Far) else value
 
 
-def _returned(value: Any, same: dict[int, Tensor], away: bool) -> Any:
+def _returned(value: Any, same: dict[int, Tensor], place: torch.device | None) -> Any:
     if not isinstance(value, Tensor):
         return value
+    if place is not None and value.dtype in MISSING:
+        raise TypeError(f"Cannot convert a {DEVICE.type} tensor to {value.dtype}: the device does not have it")
     if id(value) in same:
         return same[id(value)]
-    return Far(value) if away else value
+    return value if place is None else Far(value, place)
 
 
 def _refuse_two_devices(packet: Any, args: tuple[Any, ...], operands: list[Tensor]) -> None:
     if packet in _INDEXED:
         operands = [x for x in operands if not any(x is index for index in tree_leaves(args[1]))]
-    mixed = any(isinstance(x, Far) for x in operands) and any(not isinstance(x, Far) and x.ndim for x in operands)
-    if mixed and strict():
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found two: cpu and {DEVICE} ({packet})")
+    places = {str(x.device) for x in operands if x.ndim}
+    places |= {str(x.device) for x in operands if isinstance(x, Far)}
+    if len(places) > 1 and strict():
+        found = " and ".join(sorted(places))
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found two: {found} ({packet})")
 
 
 def _refuse_foreign_generator(kwargs: dict[str, Any]) -> None:
@@ -165,8 +185,12 @@ class Made(TorchFunctionMode):
         asked = kwargs.get("device")
         if func not in (torch.tensor, torch.as_tensor) or asked is None or torch.device(asked).type != DEVICE.type:
             return func(*args, **kwargs)
-        plain = func(*args, **{**kwargs, "device": None, "requires_grad": False})
-        return Far(plain).requires_grad_(bool(kwargs.get("requires_grad")))
+        rest = {name: value for name, value in kwargs.items() if name not in ("device", "requires_grad")}
+        if isinstance(args[0], Tensor):
+            return args[0].to(asked)
+        plain = func(*args, **rest, device="cpu")
+        place = torch.device(DEVICE.type, torch.device(asked).index or 0)
+        return Far(plain, place).requires_grad_(bool(kwargs.get("requires_grad")))
 
 
 @contextmanager
@@ -182,9 +206,20 @@ def second_device() -> Iterator[torch.device]:
         yield DEVICE
 
 
-def far(value: Any) -> Any:
+@contextmanager
+def without_float64() -> Iterator[torch.device]:
+    """The device, without float64, as MPS is."""
+    MISSING.update((torch.float64, torch.complex128))
+    try:
+        with mock.patch.object(device, "NO_FLOAT64", frozenset({DEVICE.type})), second_device():
+            yield DEVICE
+    finally:
+        MISSING.clear()
+
+
+def far(value: Any, device: torch.device = DEVICE) -> Any:
     """The value with all of its tensors on the second device."""
-    return tree_map(lambda x: Far(x.detach().clone()) if isinstance(x, Tensor) else x, value)
+    return tree_map(lambda x: Far(x.detach().clone(), device) if isinstance(x, Tensor) else x, value)
 
 
 def near(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Each method on the second device: it runs, and it decides and computes what it does on the CPU.
 
 Operands on two devices raise there, so that a mask, a statistic or a random number on the wrong device is found without
-an accelerator. The tests of other folders run there too: `make devices`.
+an accelerator. The tests of other folders run there too, with `tests/devices/plugin.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.planning import checks, recipes
+from prunella.model import device
+from prunella.planning import recipes
 from prunella.registry.method import Method
-from tests.devices.second import far, move_, near, second_device
+from tests.devices.second import far, move_, near, second_device, without_float64
 from tests.graphs import blocks, convnet, square_loss
 from tests.laws import test_methods as laws
 from tests.laws.test_composition import IMAGE, tiny
@@ -116,7 +117,7 @@ def test_the_default_call_ends_as_on_the_cpu() -> None:
 
 
 def test_a_device_without_float64_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "NO_FLOAT64", frozenset({"lazy"}))
+    monkeypatch.setattr(device, "NO_FLOAT64", frozenset({"lazy"}))
     with second_device(), pytest.raises(pr.PruningError, match="float64, which this device does not have"):
         pr.plan(move_(convnet().eval()), far(DATA[0]), target=pr.Params(0.5))
 
@@ -128,3 +129,35 @@ def test_every_recovery_of_a_small_model_is_here() -> None:
     names = {method.name for method in laws.methods() if method.kind == "recovery"}
     assert names == set(RECOVERIES) | unlike | parts | adapters
     assert all(len(inspect.signature(run).parameters) == 4 for run in RECOVERIES.values())
+
+
+def test_what_sums_only_runs_without_float64_and_the_rest_is_refused() -> None:
+    """MPS has no float64: sums are on the CPU there, and what computes in float64 says so."""
+    dense, example = tiny(), torch.zeros(IMAGE)
+    plan = pr.plan(dense, example, target=pr.Params(0.5), data=DATA)
+    small = pr.shrink(copy.deepcopy(dense), plan)
+    calibrated, solved, how = copy.deepcopy(small), copy.deepcopy(dense), pr.llm.OneShot(pr.Element())
+    pr.recalibrate_bn(calibrated, DATA)
+    pr.llm.solve_(solved, example, how, data=DATA)
+
+    with without_float64():
+        there, image, data = move_(copy.deepcopy(dense)), far(example), far(DATA)
+        other, again = move_(copy.deepcopy(small)), move_(copy.deepcopy(dense))
+        pr.recalibrate_bn(other, data)
+        pr.llm.solve_(again, image, how, data=data)
+        assert same(dict(calibrated.state_dict()), near(dict(other.state_dict())))
+        assert same(dict(solved.state_dict()), near(dict(again.state_dict())))
+        for name in ("reconstruct", "fold_means", "correct_statistics", "absorb_bn"):
+            with pytest.raises(pr.PruningError, match="in float64, which this device does not have"):
+                RECOVERIES[name](other, there, plan, data)
+        with pytest.raises(pr.PruningError, match="in float64, which this device does not have"):
+            pr.shrink(there, plan)
+
+
+def test_labels_of_regions_are_on_the_cpu_and_their_masks_with_the_scores() -> None:
+    granularity = pr.granularity.Regions(lambda shape: torch.arange(shape[0]).expand(shape[1], -1).T % 4)
+    scores = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
+    expected = granularity.on((8, 8)).mask(scores, 2)
+    with second_device() as device:
+        mask = granularity.on((8, 8)).mask(far(scores), 2)
+        assert mask.device == device and near(mask).equal(expected)

@@ -48,4 +48,4 @@ def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tune, dense):
         monkeypatch.setattr(module, "decide", decide)
     for module in (acceptance, dense):
-        monkeypatch.setattr(module, "interleaved", lambda runs: Always())
+        monkeypatch.setattr(module, "interleaved", lambda runs, **_: Always())

@@ -301,7 +301,7 @@ def test_a_full_model_that_is_not_faster_stays_dense(
         def __init__(self) -> None:
             self.ratio = ratio
 
-    monkeypatch.setattr(acceptance, "interleaved", lambda runs: Measured())
+    monkeypatch.setattr(acceptance, "interleaved", lambda runs, **_: Measured())
     made = pr.sparse(make(), x, fuse=False)
     record = pr.runtime.sparsified(made)
     assert (
@@ -416,7 +416,7 @@ def test_channels_come_last_where_that_is_more_likely_faster(
     eager_to_skip: None, kernels: Calls, monkeypatch: pytest.MonkeyPatch, ratio: tuple[float, float, float], last: bool
 ) -> None:
     made = pr.sparse(net(), IMAGE)
-    monkeypatch.setattr(acceptance, "interleaved", lambda runs: SimpleNamespace(ratio=Ratio(*ratio)))
+    monkeypatch.setattr(acceptance, "interleaved", lambda runs, **_: SimpleNamespace(ratio=Ratio(*ratio)))
     assert acceptance.with_channels_last(made, IMAGE)[1] is last
 
 

@@ -40,7 +40,7 @@ def fixed(pools: Sequence[Pool], *, shares: Shares = _NO_SHARES) -> list[Tensor]
         raise RequestError(
             f"the share of {wrong} is {shares[wrong]:g}", "a share is a fraction removed", "0 <= share <= 1"
         )
-    middles = [(torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) for pool in pools]
+    middles = [(torch.arange(pool.size, dtype=torch.float64, device="cpu") + 0.5) / max(1, pool.size) for pool in pools]
     fractions = [shares.get(pool.name, 0.0) for pool in pools]
     last = max((1 / share for share in fractions if share), default=0.0)
     return [key / share if share else last + 1 + key for key, share in zip(middles, fractions, strict=True)]
@@ -64,7 +64,7 @@ def from_scan(pools: Sequence[Pool], *, drops: Drops = _NO_DROPS) -> list[Tensor
     curves = {pool.name: _curve(drops[pool.name], pool.size) for pool in pools if pool.name in drops}
     last = max((float(keys[-1]) for keys in curves.values() if len(keys)), default=0.0)
     keys_without_curve = [
-        (torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) + last for pool in pools
+        (torch.arange(pool.size, dtype=torch.float64, device="cpu") + 0.5) / max(1, pool.size) + last for pool in pools
     ]
     return [curves.get(pool.name, other) for pool, other in zip(pools, keys_without_curve, strict=True)]
 

@@ -123,7 +123,7 @@ def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[flo
 
 
 def _middles(size: int) -> Tensor:
-    return (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    return (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / size
 
 
 def _raw(shape: tuple[int, ...]) -> float:

@@ -41,7 +41,7 @@ def owl(pools: Sequence[Pool], *, m: float = 5.0, limit: float = 0.08) -> list[T
     if m <= 0 or not 0 <= limit < 1:
         raise RequestError(f"owl cannot use m={m:g}, limit={limit:g}", "m is above 0 and limit in [0, 1)", "m=5")
     ratios = torch.stack([_outliers(pool, m) for pool in pools])
-    sizes = torch.tensor([float(pool.size) for pool in pools], dtype=torch.float64)
+    sizes = torch.tensor([float(pool.size) for pool in pools], dtype=torch.float64, device="cpu")
     offsets = ratios - (ratios * sizes).sum() / sizes.sum()
     widest = offsets.abs().max()
     shifts = -limit * offsets / widest if widest > 1e-12 else torch.zeros_like(offsets)

@@ -94,8 +94,9 @@ def isomorphic(pools: Sequence[Pool]) -> list[Tensor]:
     for indices in kinds.values():
         members = indices[::-1]  # of equal scores those of the last group are removed first, as in every selection
         scores = torch.cat([pools[index].scores.double() for index in members])
-        ranks = torch.empty(len(scores), dtype=torch.float64)
-        ranks[scores.argsort(stable=True)] = (torch.arange(len(scores), dtype=torch.float64) + 0.5) / len(scores)
+        ranks = torch.empty(len(scores), dtype=torch.float64, device="cpu")
+        middles = (torch.arange(len(scores), dtype=torch.float64, device="cpu") + 0.5) / len(scores)
+        ranks[scores.argsort(stable=True)] = middles
         parts = torch.split(ranks, [pools[index].size for index in members])
         keys.update(zip(members, parts, strict=True))
     return [keys[index] for index in range(len(pools))]
@@ -144,7 +145,7 @@ def _centered(scores: Tensor, normalize: Normalize) -> Tensor:
 
 def _scale(values: Tensor, normalize: Normalize) -> Tensor:
     if normalize is Normalize.NONE or not len(values):
-        return torch.ones((), dtype=values.dtype)
+        return torch.ones((), dtype=values.dtype, device="cpu")
     by = {
         Normalize.MEAN: torch.mean,
         Normalize.MAX: torch.max,

@@ -58,5 +58,5 @@ def check_rates(rate: float, last: float) -> None:
 
 
 def _key(size: int, rate: float) -> Tensor:
-    middles = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    middles = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) / size
     return torch.log1p(-middles) / math.log1p(-rate)

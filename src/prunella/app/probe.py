@@ -26,7 +26,7 @@ def output_probe(outputs: Outputs) -> Callable[[nn.Module, Any], Tensor]:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         y = outputs(model, batch)
         generator = torch.Generator().manual_seed(_name(batch))
-        signs = torch.randint(0, 2, y.shape, generator=generator).to(y).mul_(2).sub_(1)
+        signs = torch.randint(0, 2, y.shape, generator=generator, device="cpu").to(y).mul_(2).sub_(1)
         return (y * signs).sum()
 
     return loss

@@ -83,7 +83,9 @@ def scope_of(request: Request, targets: Sequence[Target]) -> Scope:
 
 def _candidates(request: Request, groups: Sequence[Group]) -> CandidateUnits:
     """The units in index order, for costs, which do not depend on the order."""
-    return CandidateUnits(request.graph, tuple(groups), tuple(torch.arange(group.size) for group in groups))
+    return CandidateUnits(
+        request.graph, tuple(groups), tuple(torch.arange(group.size, device="cpu") for group in groups)
+    )
 
 
 def reachable(request: Request, scope: Scope, targets: Sequence[Target]) -> bool:
@@ -155,7 +157,9 @@ def _scored(request: Request) -> tuple[list[tuple[Group, Tensor]], list[Frozen]]
         except NotSupported as error:
             reason = error.why.splitlines()[0] if error.why else error.what
             frozen = [*frozen, set_aside(group, reason, ReasonKind.UNSCORED)]
-    half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored}
+    half = {
+        g.name: torch.arange(g.size, device="cpu") >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored
+    }
     faults = unproven(request.model, request.graph, half, request.inputs)
     frozen = [*frozen, *(set_aside(g, faults[g.name], ReasonKind.UNPROVEN) for g, _ in scored if g.name in faults)]
     scored = [(group, norm) for group, norm in scored if group.name not in faults]
@@ -177,5 +181,5 @@ def _ladder(group: Group, rounded: bool, min_density: float) -> Ladder:
     """In steps of `STEPS` if `rounded`."""
     step = next((step for width, step in STEPS if group.size >= width), 1) if rounded else 1
     step = step if group.kind in ("channel", "width") else 1
-    ranks = torch.arange(group.size, dtype=torch.float64)
+    ranks = torch.arange(group.size, dtype=torch.float64, device="cpu")
     return ladder(ranks, min_density, math.lcm(group.multiple, step), group.min_units)

@@ -219,7 +219,7 @@ def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[st
     """A group, and the slices that are removed with its first unit."""
     import torch
 
-    keep = torch.ones(group.size, dtype=torch.bool)
+    keep = torch.ones(group.size, dtype=torch.bool, device="cpu")
     keep[0] = False
     less = {group.name: keep}
     cost = {"unit_params": params - graph.params(less), "unit_macs": macs - graph.macs(less)}

@@ -117,11 +117,25 @@ def _forecast(request: LLMRequest, *, as_json: bool) -> None:
     from prunella.llm.streaming import forecast
 
     folder, recipe, data = _read(request)
+    if not any(folder.glob("*.safetensors")):
+        return _forecast_scaling(request, folder, recipe, data, as_json=as_json)
     with stage("trying the first block on two batches"):
         expected = forecast(folder, recipe, data=data, memory=request.memory, skip=tuple(request.zeros.skip or ()))
     peak = {**expected.peak.parts, "together": expected.peak.bytes}
     result = {**asdict(expected), "peak": peak, "stream_on_disk": expected.peak.on_disk}
     emit(result, str(expected), as_json=as_json)
+
+
+def _forecast_scaling(request: LLMRequest, folder: Path, recipe: OneShot, data: Any, *, as_json: bool) -> None:
+    """Print what runs of 1 to 64 processes would take, from the configuration of a folder without weights."""
+    from prunella.llm.streaming import forecast_scaling
+
+    with stage("tracing the blocks without weights"):
+        skip = tuple(request.zeros.skip or ())
+        expected = forecast_scaling(folder, recipe, data=data, memory=request.memory, skip=skip)
+    peaks = [{**row.peak.parts, "together": row.peak.bytes} for row in expected.rows]
+    rows = [{**asdict(row), "peak": peak, "moved": row.moved} for row, peak in zip(expected.rows, peaks, strict=True)]
+    emit({**asdict(expected), "rows": rows}, str(expected), as_json=as_json)
 
 
 def _say(done: Streamed, judged: Any, *, as_json: bool) -> None:

@@ -143,7 +143,7 @@ def decode(encoded: Encoded) -> Tensor:
         raise BadInput(
             "the Huffman code is cut short", f"it has {len(symbols)} of {encoded.count} symbols", "copy it again"
         )
-    return torch.tensor(symbols, dtype=torch.int64)
+    return torch.tensor(symbols, dtype=torch.int64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -174,19 +174,19 @@ def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
         raise RequestError(f"bits={bits} is out of range", "a gap takes 1 to 16 bits", "4, 5 and 8 are usual")
     positions = mask.detach().cpu().flatten().nonzero()[:, 0]
     span = 2**bits
-    gaps = torch.diff(positions, prepend=torch.tensor([-1]))
+    gaps = torch.diff(positions, prepend=torch.tensor([-1], device="cpu"))
     bridges = (gaps - 1) // span
     repeats = bridges + 1
-    steps = torch.full((int(repeats.sum()),), span - 1, dtype=torch.int64)
+    steps = torch.full((int(repeats.sum()),), span - 1, dtype=torch.int64, device="cpu")
     last = repeats.cumsum(0) - 1
     steps[last] = gaps - 1 - bridges * span
-    filler = torch.ones(len(steps), dtype=torch.bool)
+    filler = torch.ones(len(steps), dtype=torch.bool, device="cpu")
     filler[last] = False
     return Gaps(steps, filler, tuple(mask.shape), bits)
 
 
 def positions(gaps: Gaps) -> Mask:
     """The mask that `relative_index` encoded."""
-    mask = torch.zeros(int(np.prod(gaps.shape)), dtype=torch.bool)
+    mask = torch.zeros(int(np.prod(gaps.shape)), dtype=torch.bool, device="cpu")
     mask[((gaps.steps + 1).cumsum(0) - 1)[~gaps.filler]] = True
     return mask.reshape(gaps.shape)

@@ -186,7 +186,7 @@ def _from_coo(stored: Stored) -> Tensor:
     return _checked(
         stored,
         lambda values: torch.sparse_coo_tensor(
-            indices, values, _matrix_shape(stored.shape), check_invariants=True, is_coalesced=True
+            indices, values, _matrix_shape(stored.shape), check_invariants=True, is_coalesced=True, device="cpu"
         ),
     )
 
@@ -197,7 +197,7 @@ def _from_csr(stored: Stored) -> Tensor:
     return _checked(
         stored,
         lambda values: torch.sparse_csr_tensor(
-            starts.long(), cols.long(), values, _matrix_shape(stored.shape), check_invariants=True
+            starts.long(), cols.long(), values, _matrix_shape(stored.shape), check_invariants=True, device="cpu"
         ),
     )
 
@@ -212,7 +212,7 @@ def _from_bsr(stored: Stored) -> Tensor:
     full = _checked(
         stored,
         lambda values: torch.sparse_bsr_tensor(
-            starts.long(), cols.long(), values, (tall * BLOCK, wide * BLOCK), check_invariants=True
+            starts.long(), cols.long(), values, (tall * BLOCK, wide * BLOCK), check_invariants=True, device="cpu"
         ),
     )
     if bool(full[rows:].any()) or bool(full[:, columns:].any()):
@@ -245,14 +245,14 @@ def _bits(stored: Stored, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np
 
 
 def _from_bitmask(stored: Stored) -> Tensor:
-    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype)
+    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype, device="cpu")
     some = torch.from_numpy(_bits(stored, matrix.numel())).bool().reshape(matrix.shape)
     matrix[some] = _part(stored, "values", int(some.sum()))
     return matrix
 
 
 def _from_two_of_four(stored: Stored) -> Tensor:
-    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype)
+    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype, device="cpu")
     if matrix.shape[1] % 4:
         raise BadInput(f"a weight in 2:4 has {matrix.shape[1]} columns", "a multiple of four is needed")
     groups = matrix.numel() // 4

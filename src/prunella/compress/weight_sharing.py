@@ -178,7 +178,7 @@ def deep_compression_(
 
 def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) -> SharedStorage:
     gaps = relative_index(shared.codes > 0, bits=gap_bits)
-    values = torch.zeros(len(gaps.steps), dtype=torch.int64)
+    values = torch.zeros(len(gaps.steps), dtype=torch.int64, device="cpu")
     codes = shared.codes.cpu().flatten()
     values[~gaps.filler] = codes[codes > 0]
     size = float(parameter.detach().double().norm())
@@ -201,11 +201,13 @@ def _first(values: Tensor, count: int, start: CentroidInit, seed: int) -> Tensor
         return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype, device=values.device)
     if start is CentroidInit.DENSITY:
         indices = (
-            ((torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)).long().clamp_max(len(values) - 1)
+            ((torch.arange(count, dtype=values.dtype, device="cpu") + 0.5) / count * len(values))
+            .long()
+            .clamp_max(len(values) - 1)
         )
     else:
         generator = torch.Generator().manual_seed(seed)
-        indices = torch.randperm(len(values), generator=generator)[:count].sort().values
+        indices = torch.randperm(len(values), generator=generator, device="cpu")[:count].sort().values
     return values[indices.to(values.device)]
 
 

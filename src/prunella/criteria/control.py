@@ -14,7 +14,7 @@ def _negated(scores: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _permuted(scores: Tensor, generator: torch.Generator) -> Tensor:
-    order = torch.randperm(scores.numel(), generator=generator).to(scores.device)
+    order = torch.randperm(scores.numel(), generator=generator, device="cpu").to(scores.device)
     return scores.flatten()[order].view(scores.shape)
 
 

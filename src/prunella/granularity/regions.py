@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
+from prunella.model.device import wide
 from prunella.selection import keep_top, weights_freed
 from prunella.types import Mask, Saliency, Scores
 
@@ -43,12 +44,12 @@ class Regions:
             found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             why = f"of a weight of shape {tuple(shape)} it gave {found}"
             raise RequestError("labels= has to give a whole number for each weight", why, "one label a weight")
-        return Labelled(torch.unique(labels.reshape(shape[0], -1), return_inverse=True)[1])
+        return Labelled(torch.unique(labels.reshape(shape[0], -1), return_inverse=True)[1].cpu())
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """The units of one weight as a matrix `(out, in)`: numbers from 0 up, equal in a unit."""
+    """The units of one weight as a matrix `(out, in)`: numbers from 0 up, equal in a unit, on the CPU."""
 
     units: Tensor
 
@@ -64,8 +65,11 @@ class Labelled:
         """The mask after `removed` units."""
         sums = self._sums(scores)
         mask: Mask = keep_top(sums, len(sums) - removed)[self.units]
-        return mask
+        return mask.to(scores.device)
 
     def _sums(self, scores: Saliency) -> Scores:
+        """On the CPU: one number a unit."""
         count = int(self.units.max()) + 1
-        return torch.zeros(count, dtype=torch.float64).index_add_(0, self.units.flatten(), scores.double().flatten())
+        return torch.zeros(count, dtype=torch.float64, device="cpu").index_add_(
+            0, self.units.flatten(), wide(scores).cpu().flatten()
+        )

@@ -188,13 +188,13 @@ def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: 
     units: number of units. reduce: the reduction of the weights of a unit.
     """
     if reduce is Reduce.MAX:
-        top = torch.full((units,), -torch.inf, dtype=torch.float64)
+        top = torch.full((units,), -torch.inf, dtype=torch.float64, device="cpu")
         for values, unit in parts:
             top.scatter_reduce_(0, unit, values.amax(1).double(), "amax")
         return top
-    total = torch.zeros(units, dtype=torch.float64)
-    count = torch.zeros(units, dtype=torch.float64)
+    total = torch.zeros(units, dtype=torch.float64, device="cpu")
+    count = torch.zeros(units, dtype=torch.float64, device="cpu")
     for values, unit in parts:
         total.index_add_(0, unit, values.sum(1, dtype=torch.float64))
-        count.index_add_(0, unit, torch.full(unit.shape, float(values.shape[1]), dtype=torch.float64))
+        count.index_add_(0, unit, torch.full(unit.shape, float(values.shape[1]), dtype=torch.float64, device="cpu"))
     return total / count.clamp_min(1) if reduce is Reduce.MEAN else total

@@ -76,8 +76,8 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         drawn = func(*args, **kwargs)
         value = _VALUES.get(name)
         if value is not None and isinstance(drawn, Tensor) and (drawn.is_floating_point() or drawn.is_complex()):
-            numbers = torch.as_tensor(value(self.count, _named(func, args, kwargs)))
-            drawn.copy_(numbers.to(drawn.device).expand_as(drawn))
+            numbers = torch.as_tensor(value(self.count, _named(func, args, kwargs)), device=drawn.device)
+            drawn.copy_(numbers.expand_as(drawn))
         return drawn
 
 

@@ -217,7 +217,9 @@ def _shaken(small: nn.Module, applied: Changes, batch: Any) -> float:
     with torch.no_grad():
         for parameter in shaken.parameters():
             if parameter.is_floating_point():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(
+                    parameter.device, parameter.dtype
+                )
                 parameter.mul_(1 + noise * 4 * torch.finfo(parameter.dtype).eps)
     batch = renumber(known_only(batch, applied.renumbered), applied.renumbered)
     try:

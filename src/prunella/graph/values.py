@@ -252,7 +252,7 @@ def _filled(shape: tuple[int, ...], main: Tensor, *, integers_first: bool) -> li
 
 def _zeros(main: Tensor) -> list[Tensor]:
     """A zero for each sample, such as a class."""
-    return [torch.zeros(main.shape[:1], dtype=torch.int64)] if main.device.type == "cpu" else []
+    return [torch.zeros(main.shape[:1], dtype=torch.int64, device="cpu")] if main.device.type == "cpu" else []
 
 
 def _numbers(shape: tuple[int, ...], main: Tensor) -> Tensor:

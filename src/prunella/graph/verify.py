@@ -347,7 +347,7 @@ def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Mo
         for name, axes in done.cuts.items():
             for axis, kept in axes.items():
                 if name in parameters and not (consumers and axis == 0) and (name, axis) not in scaled:
-                    removed = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
+                    removed = torch.ones(parameters[name].shape[axis], dtype=torch.bool, device="cpu")
                     removed[kept] = False
                     parameters[name].index_fill_(axis, removed.nonzero().flatten().to(parameters[name].device), 0)
     return masked_model

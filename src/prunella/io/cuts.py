@@ -41,7 +41,12 @@ def _positions(runs: Value, largest: int) -> Tensor:
         if len(pair) != 2 or not end <= pair[0] < pair[1]:
             raise runs.refused("runs of positions in order")
         end = pair[1]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in pairs)])
+    return torch.cat(
+        [
+            torch.zeros(0, dtype=torch.int64, device="cpu"),
+            *(torch.arange(start, stop, device="cpu") for start, stop in pairs),
+        ]
+    )
 
 
 def _runs(positions: list[int]) -> tuple[tuple[int, int], ...]:

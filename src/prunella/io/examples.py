@@ -80,10 +80,10 @@ def _read_shape(text: str) -> tuple[str, tuple[int, ...], torch.dtype]:
 
 def _fill(shape: tuple[int, ...], dtype: torch.dtype, limit: int, generator: torch.Generator) -> Tensor:
     if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
     if dtype is torch.bool:
-        return torch.ones(shape, dtype=dtype)
-    return torch.randint(0, limit, shape, generator=generator).to(dtype)
+        return torch.ones(shape, dtype=dtype, device="cpu")
+    return torch.randint(0, limit, shape, generator=generator, device="cpu").to(dtype)
 
 
 def _index_limit(model: nn.Module) -> int:
@@ -103,7 +103,7 @@ def _image_of(model: nn.Module, spec: str, generator: torch.Generator) -> Inputs
     size = getattr(model, "pretrained_cfg", {}).get("input_size") if spec.startswith("timm:") else None
     if spec.startswith(("torchvision:", "torchvision.models:")):
         size = (3, 224, 224)
-    return (torch.randn((1, *size), generator=generator),) if size else None
+    return (torch.randn((1, *size), generator=generator, device="cpu"),) if size else None
 
 
 def _of_config(model: nn.Module, generator: torch.Generator) -> Inputs | None:
@@ -114,9 +114,11 @@ def _of_config(model: nn.Module, generator: torch.Generator) -> Inputs | None:
     if name == "pixel_values" and hasattr(config, "image_size"):
         size = config.image_size
         height, width = size if isinstance(size, Sequence) else (size, size)
-        return {name: torch.randn((1, getattr(config, "num_channels", 3), height, width), generator=generator)}
+        return {
+            name: torch.randn((1, getattr(config, "num_channels", 3), height, width), generator=generator, device="cpu")
+        }
     if name == "input_ids" and hasattr(config, "vocab_size"):
-        return {name: torch.randint(0, config.vocab_size, (1, 16), generator=generator)}
+        return {name: torch.randint(0, config.vocab_size, (1, 16), generator=generator, device="cpu")}
     return None
 
 

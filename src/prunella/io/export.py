@@ -215,7 +215,9 @@ def _outputs(run: Callable[[list[Any]], Any], feeds: Sequence[list[Any]]) -> lis
 
 
 def _tensor(value: Any) -> Tensor:
-    return torch.from_numpy(value.copy()) if hasattr(value, "dtype") and value.shape else torch.tensor(value)
+    return (
+        torch.from_numpy(value.copy()) if hasattr(value, "dtype") and value.shape else torch.tensor(value, device="cpu")
+    )
 
 
 def _initializers(file: Path) -> dict[str, Tensor]:

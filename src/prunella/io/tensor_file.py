@@ -66,7 +66,7 @@ class StoredTensor:
 
     def read(self) -> Tensor:
         """The tensor, in its own memory. Errors: BadInput if the file is shorter now, or a bool is neither 0 nor 1."""
-        raw = torch.empty(self.size, dtype=torch.uint8)
+        raw = torch.empty(self.size, dtype=torch.uint8, device="cpu")
         with reading(self.file), self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
             if _fill(file, bytes_of(raw)) < self.size:

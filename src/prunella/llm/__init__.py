@@ -23,6 +23,7 @@ from prunella.llm.rotate import rescale_ as rescale_
 from prunella.llm.rotate import rotate as rotate
 from prunella.llm.rotate import slice_stream as slice_stream
 from prunella.llm.streaming import forecast as forecast
+from prunella.llm.streaming import forecast_scaling as forecast_scaling
 from prunella.llm.streaming import solve_folder as solve_folder
 from prunella.planning.depth import drop_blocks as drop_blocks
 from prunella.planning.depth import drop_run as drop_run
@@ -41,6 +42,7 @@ __all__ = [
     "drop_blocks",
     "drop_run",
     "forecast",
+    "forecast_scaling",
     "match_stream_",
     "one_shot",
     "own_text",

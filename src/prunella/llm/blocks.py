@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
@@ -56,6 +57,29 @@ class BlockCall:
     def without_hidden_states(self) -> BlockCall:
         """The same call with an empty first argument, which takes no memory."""
         return self.with_hidden_states(self.hidden_states.new_empty(0))
+
+
+class OnHost(Sequence[Tensor]):
+    """Hidden states in the memory of the CPU; each is back on its own device while it is used."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._places: list[torch.device] = []
+        self._kept: list[Tensor] = []
+        for tensor in tensors:  # one by one: the next is computed after this one has left its device
+            self._places.append(tensor.device)
+            self._kept.append(tensor.detach().cpu())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, k: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Tensor]: ...
+    def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(k, slice):
+            return [self[n] for n in range(*k.indices(len(self)))]
+        return self._kept[k].to(self._places[k])
 
 
 class BlockCalls(Sequence[BlockCall]):
@@ -99,6 +123,7 @@ class BlockInputs:
     """Inputs of each block, computed by the already pruned blocks before it.
 
     The blocks are visited in order: `calls(block)`, then `next_block(block)` once its weights are final.
+    host: whether the hidden states of the first of several blocks wait in the memory of the CPU, as `OnHost` has them.
     """
 
     model: nn.Module
@@ -106,6 +131,7 @@ class BlockInputs:
     run: Runner
     blocks: tuple[ModelBlock, ...]
     store: StoreActivations = list
+    host: bool = False
     _recorded: dict[str, list[BlockCall]] = field(default_factory=dict)  # of the sequential blocks that follow
     _calls: Sequence[BlockCall] = ()
 
@@ -116,12 +142,35 @@ class BlockInputs:
         if not block.sequential:
             followers = [later.path for later in self._followers(block)]
             self._recorded = {path: [] for path in (block.path, *followers)}
-            for batch in self.batches:
-                stop = block.path if block.runs_once and not followers else ""
-                with _recording(self.model, self._recorded, stop), suppress(Stop):
-                    self.run(self.model, batch)
-            self._calls = self._recorded.pop(block.path)
+            self._calls = self._first_calls(block.path, block.path if block.runs_once and not followers else "")
         return self._calls
+
+    def _first_calls(self, path: str, stop: str) -> Sequence[BlockCall]:
+        """The calls of a block in passes of the model, which end at the block `stop`."""
+        if not self.host:
+            for _ in self._passes(stop):
+                pass
+            return self._recorded.pop(path)
+        bare: list[BlockCall] = []
+
+        def hidden_states() -> Iterator[Tensor]:
+            for _ in self._passes(stop):
+                calls = self._recorded[path]
+                for call in calls:
+                    bare.append(call.without_hidden_states())
+                    yield call.hidden_states
+                calls.clear()
+
+        waiting = OnHost(hidden_states())
+        self._recorded.pop(path)
+        return BlockCalls(bare, waiting)
+
+    def _passes(self, stop: str) -> Iterator[None]:
+        """One pass of the model for each batch, with the calls of its blocks recorded."""
+        for batch in self.batches:
+            with _recording(self.model, self._recorded, stop), suppress(Stop):
+                self.run(self.model, batch)
+            yield
 
     def forward(self, block: ModelBlock, call: BlockCall) -> Any:
         """The output of the block, or of the model, for one of its calls."""

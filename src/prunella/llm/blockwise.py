@@ -20,10 +20,11 @@ from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
 from prunella.llm.block_problem import BlockProblem, Fit
-from prunella.llm.blocks import BlockInputs, ModelBlock, blocks_of, uncached
+from prunella.llm.blocks import BlockInputs, ModelBlock, OnHost, blocks_of, uncached
 from prunella.llm.calibration import AUTO, Calibration, Sources, Split, calibrated, split
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
+from prunella.llm.less_memory import in_less_memory
 from prunella.llm.recipe import OneShot
 from prunella.llm.shrinkage import calls_of, not_fitted
 from prunella.llm.solve_block import dense_targets, layers_by_weight, solve_block_
@@ -100,34 +101,42 @@ def solve_(
     processes, each process solves some layers and broadcasts them, and each step of `refine` is computed by the process
     that has the batch. Errors: RequestError if no layer is left. After any error `model` is as before.
     on_layer: called after each layer with its fit, the number of finished layers, and of all layers.
+    Where an accelerator runs out of memory, all is tried again: with every batch in halves, as often as they have more
+    than one sample (not with `refine` or held-out batches, whose steps and strengths depend on the batches), then with
+    the hidden states on the CPU. Errors: OutOfResources if that does not fit either.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
-    root = unwrap(model)
-    with restored_on_error(root):
-        return _solved_(root, inputs, how, data, Source(None, loss), skip, on_layer, distributed)
+    root, parts = unwrap(model), split(data)
+    drawn = calibrated(root, inputs, parts.data)
+    samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else distributed.shard(drawn)
+    others = not_fitted(parts.held_out, distributed)
+    solve = partial(_solved_, root, inputs, how, Source(None, loss), skip, on_layer, distributed, others)
+    if distributed.world_size > 1:  # all processes would have to try again together
+        with restored_on_error(root):
+            return solve([*samples, *others], False)
+    return in_less_memory(root, solve, [*samples, *others], splits=how.refine is None and not others)
 
 
 def _solved_(
     root: nn.Module,
     inputs: Inputs,
     how: OneShot,
-    data: Iterable[Any] | Calibration | Sources | Split,
     source: Source,
     skip: Sequence[str],
     on_layer: OnLayer | None,
     distributed: ProcessGroup,
+    others: Sequence[Any],
+    samples: Sequence[Any],
+    host: bool,
 ) -> Solving:
-    parts = split(data)
-    drawn = calibrated(root, inputs, parts.data)
-    samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else distributed.shard(drawn)
-    others = not_fitted(parts.held_out, distributed)
-    samples += others
+    """host: whether hidden states wait in the memory of the CPU. The last of the samples are `others`."""
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
     with mode(root, training=False), uncached(root), experts_implementation(root, "eager"), torch.no_grad():
         check_patterns(graph, skip, ())
-        block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
+        blocks, store = blocks_of(root, graph, samples[0], source.run), OnHost if host else list
+        block_inputs = BlockInputs(root, samples, source.run, blocks, store, host)
         if others and not block_inputs.blocks[0].path:
             what, todo = "batches cannot be held out", "give no Split"
             raise NotSupported(what, "the model has no residual blocks to compare their outputs", todo)

@@ -106,7 +106,9 @@ class Calibration:
                 rows[name] = [batch["input_ids"] for batch in samples]
         mixed = [row for some in rows.values() for row in some]
         if len(rows) > 1:
-            order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            order = torch.randperm(
+                len(mixed), generator=torch.Generator().manual_seed(self.seed), device="cpu"
+            ).tolist()
             mixed = [mixed[k] for k in order]
         sources = tuple(
             TextSource(file_name(name), self.shares[name], len(some), digest_of(torch.cat(some)))

@@ -104,11 +104,11 @@ def unread_experts(model: nn.Module, graph: Graph) -> list[str]:
 
 
 @contextmanager
-def experts_implementation(model: nn.Module, name: Literal["eager", "batched_mm"]) -> Iterator[None]:
+def experts_implementation(model: nn.Module, name: Literal["eager", "batched_mm", "grouped_mm"]) -> Iterator[None]:
     """Inside, models of transformers compute the experts of a mixture in this way.
 
     eager: one after the other, as layers that can be observed. batched_mm: in one product, whose shapes do not depend
-    on values.
+    on values. grouped_mm: in one product of tokens in the order of their experts, with such shapes too.
     """
     candidates: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in candidates if getattr(config, "_experts_implementation", None)}

@@ -81,7 +81,7 @@ def own_text(
         starts = writer.starts(nsamples)
         written = _written(writer, starts, seed, batch_size, on_windows)
     kept = _kept(written.losses, starts, nsamples)
-    tokens = torch.tensor(written.rows)[kept]
+    tokens = torch.tensor(written.rows, device="cpu")[kept]
     return OwnText(tokens, tuple(written.losses[k] for k in kept), seed, len(starts) - nsamples)
 
 
@@ -96,7 +96,7 @@ def _written(
 ) -> _Written:
     """All windows; the uniform numbers of window k depend on `seed`, not on the batches."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(starts), writer.seqlen, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(len(starts), writer.seqlen, generator=generator, dtype=torch.float64, device="cpu")
     rows: list[list[int]] = []
     losses: list[float] = []
     for first in range(0, len(starts), batch_size):
@@ -134,7 +134,9 @@ class _Writer:
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         generation: Any = getattr(model, "generation_config", None)
         self.bos = next(iter(_ids(config, "bos_token_id") or _ids(generation, "bos_token_id")), None)
-        self.eos = torch.tensor([*_ids(config, "eos_token_id"), *_ids(generation, "eos_token_id")], dtype=torch.long)
+        self.eos = torch.tensor(
+            [*_ids(config, "eos_token_id"), *_ids(generation, "eos_token_id")], dtype=torch.long, device="cpu"
+        )
         limit = getattr(config, "max_position_embeddings", None)
         if isinstance(limit, int) and seqlen > limit:
             why = f"it has {limit} positions"
@@ -150,9 +152,12 @@ class _Writer:
         """Windows `(rows, tokens)` and their mean losses, from uniform numbers in [0, 1)."""
         begin = (uniform * self.words).long()  # the random first token of a text without BOS
         if self.bos is not None:
-            begin[torch.tensor(starts)] = self.bos
+            begin[torch.tensor(starts, device="cpu")] = self.bos
         tokens, cache = begin[:, :1], None
-        loss, drawn = torch.zeros(len(starts), dtype=torch.float64), torch.zeros(len(starts), dtype=torch.float64)
+        loss, drawn = (
+            torch.zeros(len(starts), dtype=torch.float64, device="cpu"),
+            torch.zeros(len(starts), dtype=torch.float64, device="cpu"),
+        )
         for place in range(1, self.seqlen):
             logits, cache = self._next(tokens[:, -1:] if cache is not None else tokens, cache)
             word, nats = _drawn(logits, uniform[:, place])

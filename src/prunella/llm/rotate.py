@@ -184,7 +184,7 @@ def _inputs(
 def _gram(model: nn.Module, group: Group, data: Sequence[Any], source: Source) -> Tensor:
     """`sum x^T x` over the inputs of all layers that read the residual stream."""
     named = dict(model.named_parameters())
-    total = torch.zeros(group.size, group.size, dtype=torch.float64)
+    total = torch.zeros(group.size, group.size, dtype=torch.float64, device="cpu")
 
     def add(read: Read) -> None:
         for x, _ in (chunk for number in range(read.groups) for chunk in read.columns(number)):
@@ -217,7 +217,7 @@ def _rotate_(model: nn.Module, group: Group, basis: Tensor) -> None:
 
 def _order(member: Member) -> Tensor:
     """The position of every unit."""
-    positions = torch.empty(len(member.index), dtype=torch.int64)
+    positions = torch.empty(len(member.index), dtype=torch.int64, device="cpu")
     positions[torch.from_numpy(member.unit)] = torch.from_numpy(member.index)
     return positions
 

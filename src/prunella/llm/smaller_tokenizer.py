@@ -63,7 +63,7 @@ def smaller(tokenizer: Any, kept: Tensor) -> Any:
 
 def cuts_alike(tokenizer: Any, other: Any, kept: Tensor, text: str) -> bool:
     """Whether both cut a text into the same words."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, device="cpu")
     numbers = other(text, add_special_tokens=False, verbose=False).input_ids
     return bool(torch.isin(ids, kept).all()) and torch.searchsorted(kept, ids).tolist() == numbers
 

@@ -29,6 +29,7 @@ from prunella.llm.shrinkage import shrink_change_
 from prunella.measure.clock import now
 from prunella.model.autocast import autocast_off
 from prunella.model.copying import copied
+from prunella.model.device import home_of_sums
 from prunella.model.observed_reads import Read, Unread, View
 from prunella.model.trees import tensors
 from prunella.model.watch import Stop, Watch
@@ -272,7 +273,8 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
     weight = group.weights[0]
     layer = problem.layers[weight]
     columns = {part: to_matrix(*matrix_of(weight, layer, part)).shape[1] for part in parts}
-    total = {part: weight.new_zeros(size, size, dtype=torch.float64) for part, size in columns.items()}
+    home = home_of_sums(weight.device)
+    total = {part: torch.zeros(size, size, dtype=torch.float64, device=home) for part, size in columns.items()}
     tokens, left = dict.fromkeys(parts, 0), group.reads
 
     def add(read: Read) -> None:
@@ -281,7 +283,7 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
             for part, number in parts_read(read, layer).items():
                 for x, _ in read.columns(number) if part in total else ():
                     single = x.to(torch.promote_types(x.dtype, torch.float32))
-                    total[part] += single.T @ single
+                    total[part] += (single.T @ single).to(home)
                     tokens[part] += len(single)
         left -= 1
         if not left and read.part is None:
@@ -344,7 +346,7 @@ def _solve_matrix(
     how, weight, layer = problem.how, done.weight, problem.layers[done.weight]
     sparsity = how.sparsity_of(layer)
     assert sparsity is not None
-    matrix = _single(to_matrix(*matrix_of(weight.detach(), layer, part)))
+    matrix = _single(to_matrix(*matrix_of(weight.detach(), layer, part))).to(statistics[part].gram.device)
     with autocast_off(weight.device.type).entered():
         solved = how.method(matrix, statistics[part].gram, how.pattern, sparsity=sparsity)
     return _fitting(solved, matrix, done.name)

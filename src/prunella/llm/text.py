@@ -36,7 +36,7 @@ def sample_starts(tokens: int, text: str | Path, *, nsamples: int, seqlen: int, 
         why = f"it has {tokens} tokens, and a sample has {seqlen}"
         raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller seqlen")
     generator = torch.Generator().manual_seed(seed)
-    starts: list[int] = torch.randint(0, tokens - seqlen + 1, (nsamples,), generator=generator).tolist()
+    starts: list[int] = torch.randint(0, tokens - seqlen + 1, (nsamples,), generator=generator, device="cpu").tolist()
     return starts
 
 

@@ -242,7 +242,7 @@ class _Search(Generic[M]):
         return {
             "model": snapshot(self.work),
             "masks": masks_of(self.work),
-            "rates": torch.tensor(rates, dtype=torch.float64),
+            "rates": torch.tensor(rates, dtype=torch.float64, device="cpu"),
             "kept": kept,
             "total": total,
             "score": self.spec.score(self.work),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.measure.clock import now
+from prunella.model.device import devices_of, synchronize
 from prunella.model.forward import forward
 from prunella.model.hooks import removed_after
 from prunella.model.state import mode
@@ -95,9 +96,7 @@ def _clocks(model: nn.Module, spent: dict[str, float]) -> Iterator[None]:
 
 
 def _now(model: nn.Module) -> float:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
+    synchronize(devices_of(model))
     return now()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from prunella.errors import RequestError
 from prunella.measure.clock import now, since, thread_time
 from prunella.measure.text import duration, interval, ratio, significant, table
+from prunella.model.device import devices_of, on_accelerator, synchronize
 from prunella.model.forward import forward
 from prunella.model.state import mode
 
@@ -138,7 +139,7 @@ def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: 
     fraction of a second on a quiet machine. On a busy machine the measurement stops after `seconds`, with its present
     interval.
     """
-    device = next((str(p.device) for p in dense.parameters()), "cpu")
+    device = devices_of(dense, small)
     runs = {"dense": partial(forward, dense, inputs), "small": partial(forward, small, small_inputs)}
     base, other, threads = list[float](), list[float](), 1
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
@@ -184,6 +185,7 @@ def compare_latency(
     this took longer than a small layer. The ratio is of medians, its interval the 2.5 and 97.5 percentiles of a
     bootstrap over rounds.
     rounds: at least 5; fewer give no useful interval. threads: of torch, during the measurement.
+    device: all of them, as `devices_of` lists them; they are synchronized before each reading of the clock.
     clock: seconds; `own_clock()` excludes the time of other programs if one thread does all the work.
     before: called untimed with the name of a candidate before each of its calls; a sample is then one call.
     """
@@ -211,9 +213,12 @@ def compare_latency(
     return Comparison(latencies, ratios, used, device, rounds, warmup, seed)
 
 
-def own_clock() -> Callable[[], float]:
-    """Processor time of this thread if torch has one thread, so that a busy machine does not decide; else wall time."""
-    return thread_time if torch.get_num_threads() == 1 else now
+def own_clock(device: str = "cpu") -> Callable[[], float]:
+    """Processor time of this thread if torch has one thread, so that a busy machine does not decide; else wall time.
+
+    An accelerator takes no time of the thread: there it is always wall time.
+    """
+    return thread_time if torch.get_num_threads() == 1 and not on_accelerator(device) else now
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
@@ -279,14 +284,9 @@ def _calls(run: Run, sample: _Sample) -> tuple[int, bool]:
 def _sample(run: Run, calls: int, ahead: bool, device: str, clock: Callable[[], float]) -> float:
     if ahead:
         run()
-    _wait(device)
+    synchronize(device)
     start = clock()
     for _ in range(calls):
         run()
-    _wait(device)
+    synchronize(device)
     return max(clock() - start, 1e-9) / calls
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -21,7 +21,7 @@ Corruption = Callable[[Tensor, int, int], Tensor]
 def gaussian_noise(images: Tensor, severity: int, seed: int = 0) -> Tensor:
     """Independent noise of `0.1, 0.2, 0.4, 0.6, 1` times the spread."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(images.shape, generator=generator).to(images)
+    noise = torch.randn(images.shape, generator=generator, device="cpu").to(images)
     return images + noise * images.std() * _level(severity, (0.1, 0.2, 0.4, 0.6, 1.0))
 
 
@@ -29,7 +29,7 @@ def blur(images: Tensor, severity: int, seed: int = 0) -> Tensor:
     """A Gaussian window of `0.4, 0.7, 1, 1.5, 2.5` pixels, edges repeated."""
     width = _level(severity, (0.4, 0.7, 1.0, 1.5, 2.5))
     radius = int(3 * width) + 1
-    window = torch.exp(-(torch.arange(-radius, radius + 1).to(images) ** 2) / (2 * width**2))
+    window = torch.exp(-(torch.arange(-radius, radius + 1, device="cpu").to(images) ** 2) / (2 * width**2))
     window = window / window.sum()
     channels = images.shape[1]
     for shape, sides in (((1, -1), (radius, radius, 0, 0)), ((-1, 1), (0, 0, radius, radius))):

@@ -175,7 +175,7 @@ def pruning_identified_exemplars(dense: Tensor, pruned: Tensor) -> Mask:
 
 def _modal(votes: Tensor) -> Tensor:
     """The most frequent class of every column; ties to the lowest class."""
-    classes = torch.arange(int(votes.max()) + 1)
+    classes = torch.arange(int(votes.max()) + 1, device=votes.device)
     return (votes.long().unsqueeze(-1) == classes).sum(0).argmax(-1)
 
 

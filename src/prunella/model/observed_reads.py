@@ -29,7 +29,9 @@ class View(NamedTuple):
     def lies_in(self, values: Tensor, weight: Tensor) -> Tensor:
         """The same part of values in the shape of the parameter, for any strides of the values."""
         if values.stride() != weight.stride():
-            values = torch.empty_strided(weight.shape, weight.stride(), dtype=values.dtype).copy_(values)
+            values = torch.empty_strided(weight.shape, weight.stride(), dtype=values.dtype, device=values.device).copy_(
+                values
+            )
         return self.of(values)
 
 

@@ -147,10 +147,12 @@ def kept_by_position(
                     axis = replace(axis, size=hidden[axis.name])
                 units = axis.units(positions, frozen)
                 for group_name in {group for group, _ in axis.owner.values()}:
-                    mask = masks.setdefault(group_name, torch.ones(sizes[group_name], dtype=torch.bool))
+                    mask = masks.setdefault(group_name, torch.ones(sizes[group_name], dtype=torch.bool, device="cpu"))
                     chosen = [unit for group, unit in units if group == group_name]
                     if option == "keep":
-                        mask &= torch.zeros_like(mask).index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
+                        mask &= torch.zeros_like(mask).index_fill(
+                            0, torch.tensor(chosen, dtype=torch.long, device="cpu"), True
+                        )
                     else:
                         mask[chosen] = False
     named_groups = {group.name: group for group in groups if group.name in masks}

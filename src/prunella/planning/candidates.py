@@ -143,7 +143,7 @@ class CandidateUnits:
         """Group -> which units are kept."""
         keep = dict(self.decided)
         for group, order, count in zip(self.groups, self._orders, removed, strict=True):
-            mask = torch.ones(group.size, dtype=torch.bool)
+            mask = torch.ones(group.size, dtype=torch.bool, device="cpu")
             mask[order[:count]] = False
             keep[group.name] = mask
         return keep
@@ -170,7 +170,7 @@ class CandidateUnits:
     def _cost(self, group: Group) -> float:
         if self.target is None or _of_units(self.target):
             return 1.0
-        one_less = torch.arange(group.size) > 0
+        one_less = torch.arange(group.size, device="cpu") > 0
         return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
 
     def _alike(self, group: Group) -> str:

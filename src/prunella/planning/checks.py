@@ -8,8 +8,9 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
+from prunella.model.device import check_float64
 from prunella.model.traceable import check_traceable
 from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import REGISTRY, MethodKind, needs_of
@@ -131,28 +132,15 @@ def small_number(target: Target | None) -> tuple[str, ...]:
     return (f"{target} is a number in all, no percentage: {target.hint}",)
 
 
-NO_FLOAT64 = frozenset({"mps"})
-"""Types of devices without float64, in which cuts are proven."""
-
-
-def check_precision(model: nn.Module) -> None:
-    """Errors: NotSupported for a model on a device that has no float64."""
-    for name, tensor in model.named_parameters():
-        if tensor.device.type in NO_FLOAT64:
-            why = "cuts are proven in float64, which this device does not have"
-            todo = "move the model to the CPU, prune it, and move the smaller model back"
-            raise NotSupported(f"{name} is on the device {tensor.device}", why, todo)
-
-
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Check that the model can be traced and proven, and that its tensors hold values.
 
-    Errors: those of `check_traceable` and `check_precision`; BadInput that names the first tensor with NaN or infinity,
+    Errors: those of `check_traceable` and `check_float64`; BadInput that names the first tensor with NaN or infinity,
     or without values.
     """
     check_traceable(model)
-    check_precision(model)
+    check_float64(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")

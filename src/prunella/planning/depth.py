@@ -55,7 +55,9 @@ class Blocks:
             )
         if not missing:
             raise RequestError("no block is named", "there is nothing to drop", "name one, or ask for one")
-        keep = {s.name: torch.tensor([path not in missing for path in s.paths]) for s in self.graph.stacks}
+        keep = {
+            s.name: torch.tensor([path not in missing for path in s.paths], device="cpu") for s in self.graph.stacks
+        }
         return {name: mask for name, mask in keep.items() if not bool(mask.all())}
 
     def without(self, dropped: Iterable[str]) -> nn.Module:
@@ -146,7 +148,7 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
     """The angles of all runs of the largest stack, in one pass over the data."""
     stack = max(blocks.graph.stacks, key=lambda group: group.size)
     size, source = stack.size, Source(None, loss)
-    total, count = torch.zeros(size, size, dtype=torch.float64), 0
+    total, count = torch.zeros(size, size, dtype=torch.float64, device="cpu"), 0
     with untouched(blocks.model, 0), torch.no_grad(), _streams(blocks.model, stack) as (enters, leaves):
         for batch in batches(data):
             source.run(blocks.model, batch)
@@ -157,8 +159,8 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
             count += len(inputs)
     angle = total / max(1, count)
     where = {name: k for k, name in enumerate(blocks.graph.orders[stack.name])}
-    place = torch.tensor([where[path.rpartition(".")[2]] for path in stack.paths])
-    order = torch.arange(size)
+    place = torch.tensor([where[path.rpartition(".")[2]] for path in stack.paths], device="cpu")
+    order = torch.arange(size, device="cpu")
     side_by_side = place[None, :] - place[:, None] == order[None, :] - order[:, None]
     return Turns(stack.paths, torch.where(side_by_side & (order[None, :] >= order[:, None]), angle, torch.inf))
 

@@ -69,7 +69,7 @@ class LatencyProbe:
 def in_order(ladders: Sequence[Ladder]) -> tuple[Tensor, Tensor]:
     """The ladder and the key of every step, in the order of removal. Equal keys: the last ladder first."""
     keys = torch.cat([entry.keys for entry in reversed(ladders)])
-    owner = torch.cat([torch.full((len(ladders[i].keys),), i) for i in reversed(range(len(ladders)))])
+    owner = torch.cat([torch.full((len(ladders[i].keys),), i, device="cpu") for i in reversed(range(len(ladders)))])
     order = keys.argsort(stable=True)
     return owner[order], keys[order]
 

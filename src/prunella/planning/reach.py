@@ -20,7 +20,7 @@ WIDER: tuple[Kind, ...] = (*EXACT, "width", "expert")
 
 def reach(graph: Graph, kinds: Collection[Kind]) -> float:
     """The share of the parameters removed if every group of these kinds keeps its minimum of units."""
-    keep = {g.name: torch.arange(g.size) < g.min_units for g in graph.groups if g.kind in kinds}
+    keep = {g.name: torch.arange(g.size, device="cpu") < g.min_units for g in graph.groups if g.kind in kinds}
     return 1 - graph.params(keep) / (graph.params() or 1)
 
 

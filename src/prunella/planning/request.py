@@ -191,7 +191,7 @@ def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
     out_of_range = [token for token in vocabulary.tokens if token >= table.size]
     if out_of_range:
         raise RequestError(f"there is no token {out_of_range[0]}", f"{table.name} has {table.size} rows")
-    keep = torch.zeros(table.size, dtype=torch.bool)
+    keep = torch.zeros(table.size, dtype=torch.bool, device="cpu")
     keep[[*vocabulary.tokens, *(token for token in named if 0 <= token < table.size)]] = True
     return {table.name: keep}
 

@@ -240,7 +240,7 @@ class Scorer:
         return self.subject.parameters[member.entity].detach().cpu()
 
     def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(shape, generator=self._generator(name), dtype=torch.float64)
+        return torch.rand(shape, generator=self._generator(name), dtype=torch.float64, device="cpu")
 
     def _generator(self, name: str) -> torch.Generator:
         # By name, so that leaving a group out does not change the numbers of the others. The generator takes 32 bits.

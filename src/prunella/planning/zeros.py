@@ -148,7 +148,7 @@ def _removable(group: Group, keep: Tensor, constant: Tensor) -> Tensor:
     left = int(keep.sum()) - len(units)
     least = max(left, group.min_units)
     spare = min(-(-least // group.multiple) * group.multiple, group.size) - left
-    removed = torch.zeros(group.size, dtype=torch.bool)
+    removed = torch.zeros(group.size, dtype=torch.bool, device="cpu")
     removed[units[max(spare, 0) :]] = True
     return removed
 
@@ -211,7 +211,7 @@ def _kept(model: nn.Module, graph: Graph, group: Group, silent: Tensor | None = 
 
 def _alive(named: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:
     """Units with a non-zero weight in some member."""
-    alive = torch.zeros(size, dtype=torch.bool)
+    alive = torch.zeros(size, dtype=torch.bool, device="cpu")
     for member in members:
         alive[_units_alive(named[member.entity].detach(), member)] = True
     return alive
@@ -227,7 +227,7 @@ def _constant(model: nn.Module, group: Group) -> Tensor:
     producers = [m for m in group.members if m.role == "out" and m.entity in named]
     scales = [m for m in group.members if m.role == "scale" and m.entity in named]
     if not producers or any(m.role == "other" for m in group.members):
-        return torch.zeros(group.size, dtype=torch.bool)
+        return torch.zeros(group.size, dtype=torch.bool, device="cpu")
     sources = torch.stack([_alive(named, [member], group.size) for member in producers])
     unscaled = ~_alive(named, scales, group.size) & (sources.sum(0) <= len(scales))
     return ~sources.any(0) | (unscaled if scales else torch.zeros_like(unscaled))

@@ -34,7 +34,7 @@ class LowRankAdapter(nn.Module):
         self.a = nn.Linear(base.in_features, rank, bias=False, device=weight.device, dtype=weight.dtype)
         self.b = nn.Linear(rank, base.out_features, bias=False, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
-            uniform = torch.rand(self.a.weight.shape, generator=generator) * 2 - 1
+            uniform = torch.rand(self.a.weight.shape, generator=generator, device="cpu") * 2 - 1
             self.a.weight.copy_(uniform / base.in_features**0.5)
             self.b.weight.zero_()
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches
+from prunella.model.device import check_float64
 from prunella.model.forward import outputs_of, run
 from prunella.model.state import losses_in_training_, mode
 from prunella.model.trees import tensors
@@ -36,7 +37,7 @@ class Moments:
         rows = value.detach().movedim(1, -1).flatten(0, -2)
         rows = rows.to(rows.dtype if rows.dtype.itemsize >= 4 else torch.float32)
         count, mean = len(rows), column_sums(rows) / len(rows)
-        gap = rows - mean.to(rows.dtype)
+        gap = rows - mean.to(rows)
         squares = column_sums(gap.square()) - column_sums(gap).square() / count
         total = self.count + count
         shift = mean - self.mean
@@ -126,6 +127,7 @@ def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None
     }
     if not norms:
         return ()
+    check_float64(model, "statistics are summed")
     data = list(data) if isinstance(data, Iterator) else data
     with mode(model, training=False), torch.no_grad():
         stream = batches(data)
@@ -216,11 +218,16 @@ def _observe(
     return moments
 
 
+def as_tensor(value: Tensor | float) -> Tensor:
+    """A number as a tensor; a tensor stays where it is, also if the default device is another one."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+
+
 def _write(moments: dict[nn.Module, Moments], names: dict[nn.Module, str]) -> None:
     for module, statistics in moments.items():
         assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-        mean = torch.as_tensor(statistics.mean)
-        variance = torch.as_tensor(statistics.squares) / max(statistics.count - 1, 1)
+        mean = as_tensor(statistics.mean)
+        variance = as_tensor(statistics.squares) / max(statistics.count - 1, 1)
         largest = torch.finfo(module.running_var.dtype).max
         if not bool((torch.isfinite(mean + variance) & (mean.abs() < largest) & (variance < largest)).all()):
             raise CheckFailed(

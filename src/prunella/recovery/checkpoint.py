@@ -100,8 +100,8 @@ class Checkpoint:
         assert self._data is not None, "a step is done"
         state = {
             "identity": dict(self._identity.parts),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
+            "rates": torch.tensor(self.rates, dtype=torch.float64, device="cpu"),
             "model": named_tensors(self._model),
             "optimizer": self._optimizer.state_dict(),
             "rng": rng_state(data),

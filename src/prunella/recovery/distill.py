@@ -74,7 +74,7 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
             outputs(eager(teacher), batch)
         with _outputs_of(model, names) as features:
             outputs(eager(model), batch)
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for name in names:
             f, t = _output(features, name), _output(expected, name)
             _same_shape(f"the output of {name or 'the model'}", f, t)
@@ -119,7 +119,7 @@ def distill_attention(
             outputs(eager(teacher), batch)
         with _outputs_of(model, names) as features_by_name:
             outputs(eager(model), batch)
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for name in names:
             q, t = maps(name, _output(features_by_name, name)), maps(name, _output(expected, name))
             _same_shape(f"the map of {name}", q, t)
@@ -173,7 +173,7 @@ def distill_attention_probabilities(
                 "layers are compared one to one",
                 "pass probabilities= that picks matching layers",
             )
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for layer, (p, t) in enumerate(zip(layers, expected, strict=True)):
             if p.shape[1] != t.shape[1]:
                 p, t = p.mean(1, keepdim=True), t.mean(1, keepdim=True)

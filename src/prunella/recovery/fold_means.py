@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.model.batches import batches
+from prunella.model.device import check_float64
 from prunella.model.forward import run
 from prunella.model.masks import reapply_
 from prunella.model.observed_reads import Read
@@ -68,6 +69,7 @@ def fold_means(
     """
     data = list(data) if isinstance(data, Iterator) else data
     small_, dense_ = unwrap(small), unwrap(dense)
+    check_float64(dense_, "layers are refitted")
     with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         stream = batches(data)
         items = readers_of(small_, dense_, next(stream), plan, loss)
@@ -124,7 +126,7 @@ def _fold(item: Reader | Skipped, means: _Means) -> Fold:
             shift = shift if submatrix.expected is None else shift[submatrix.expected.to(shift.device)]
             assert part.small.bias is not None  # the reader is biased
             bias = part.small.bias[submatrix.small]
-            positions = torch.arange(len(shift)) if submatrix.rows is None else submatrix.rows
+            positions = torch.arange(len(shift), device="cpu") if submatrix.rows is None else submatrix.rows
             bias[positions] = (bias[positions].double() + shift).to(bias.dtype)
             largest = max(largest, float(shift.abs().max()) if len(shift) else 0.0)
     return Fold(item.name, largest)

@@ -246,7 +246,9 @@ def _is_linear(base: nn.Module, weight: nn.Parameter, flip: bool) -> bool:
 
 
 def _probe(width: int, device: torch.device) -> Tensor:
-    return torch.randn(1, PROBES, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    return torch.randn(
+        1, PROBES, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    ).to(device)
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches
+from prunella.model.device import check_float64
 from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.hooks import removed_after
 from prunella.model.masks import reapply_
@@ -20,7 +21,7 @@ from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
-from prunella.recovery.batchnorm import Moments
+from prunella.recovery.batchnorm import Moments, as_tensor
 from prunella.registry.method import recovery
 
 
@@ -66,6 +67,7 @@ def correct_statistics(
     """
     data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
     model, dense = unwrap(model), unwrap(dense)
+    check_float64(dense, "statistics are summed")
     with restored_on_error(model), mode(model, training=False), mode(dense, training=False), torch.no_grad():
         stream = batches(data)
         layers = _layers(model, names, next(stream), outputs)
@@ -173,8 +175,8 @@ def _correct_(layer: _Layer, expected: tuple[Tensor, Tensor], moments: Moments) 
 
 
 def _mean(moments: Moments) -> Tensor:
-    return torch.as_tensor(moments.mean)
+    return as_tensor(moments.mean)
 
 
 def _deviation(moments: Moments) -> Tensor:
-    return (torch.as_tensor(moments.squares) / moments.count).sqrt()
+    return (as_tensor(moments.squares) / moments.count).sqrt()

@@ -148,7 +148,7 @@ def _watched(
 
 def _reads_along(read: Read, axis: int) -> bool:
     """Whether the positions of this axis of the weight are columns of its matrices."""
-    first = torch.zeros(read.weight.shape, dtype=torch.bool)
+    first = torch.zeros(read.weight.shape, dtype=torch.bool, device="cpu")
     first.select(axis, 0).fill_(True)
     matrices = read.matrices(first)
     return bool((matrices.any(2) != matrices.all(2)).any())
@@ -179,7 +179,7 @@ def _overlap(reads: Sequence[Read]) -> bool:
     if len(reads) == 1:
         return False
     weight = reads[0].weight
-    count = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.int8).zero_()
+    count = torch.empty_strided(weight.shape, weight.stride(), dtype=torch.int8, device="cpu").zero_()
     for read in reads:
         read.view.of(count).add_(1)
     return bool((count > 1).any())
@@ -237,9 +237,9 @@ def _reader(item: _Candidate, dense: Sequence[Read], small: Sequence[Read]) -> R
 
 def _mask(weight: Tensor, axes: Axes) -> Mask:
     """True at the kept weights."""
-    mask = torch.ones(weight.shape, dtype=torch.bool)
+    mask = torch.ones(weight.shape, dtype=torch.bool, device="cpu")
     for axis, kept in axes.items():
-        removed = torch.ones(weight.shape[axis], dtype=torch.bool)
+        removed = torch.ones(weight.shape[axis], dtype=torch.bool, device="cpu")
         removed[kept.cpu()] = False
         mask.movedim(axis, 0)[removed] = False
     return mask

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches, listed
+from prunella.model.device import check_float64
 from prunella.model.forms import Chunk
 from prunella.model.forward import real_tokens, run
 from prunella.model.masks import reapply_
@@ -126,6 +127,7 @@ def reconstruct(
     _check_ridge(ridge)
     data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
     small_, dense_ = unwrap(small), unwrap(dense)
+    check_float64(dense_, "layers are refitted")
     with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         items = readers_of(small_, dense_, next(batches(data)), plan, loss)
         job = _Job(small_, dense_, data, partial(run, loss=loss), ridge)

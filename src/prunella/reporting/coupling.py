@@ -96,7 +96,7 @@ def render_coupling(graph: Graph, title: str) -> str:
 
 def _card(graph: Graph, group: Group) -> dict[str, Any]:
     """A group with the cost of one unit, and its tensors by their roles."""
-    less = {group.name: torch.arange(group.size) > 0}
+    less = {group.name: torch.arange(group.size, device="cpu") > 0}
     by_role: dict[str, list[str]] = {}
     for member in group.members:
         by_role.setdefault(member.role, []).append(f"{member.entity}[{member.axis}]")

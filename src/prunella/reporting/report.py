@@ -27,6 +27,7 @@ from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.batches import data_errors
+from prunella.model.device import device_name, devices_of, on_accelerator
 from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
 from prunella.model.torch_masks import with_plain_weights
@@ -256,7 +257,7 @@ def report(
                 "pruned": lambda: forward(small, example, copy=False),
             },
             rounds=rounds,
-            device=str(_device(dense)),
+            device=devices_of(dense, small),
         )
         outputs = [[t.cpu() for t in outputs_of(model, inputs)] for model in (dense, small)]
     dense, small = with_plain_weights(dense), with_plain_weights(small)
@@ -361,13 +362,9 @@ def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> 
     return said if any(line.startswith(NOT_COUNTED) for line in said) else lines(counted, *said)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
 def _processor(device: str) -> str:
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(device))
+    if on_accelerator(device):
+        return ", ".join(device_name(torch.device(name)) for name in device.split(", "))
     if sys.platform.startswith("linux"):
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:

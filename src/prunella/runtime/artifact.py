@@ -40,6 +40,7 @@ from prunella.io.state import State, read_tensors, write_tensors
 from prunella.model.copying import frozen_copy
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.runtime.accelerated import AcceleratedLinear
 from prunella.runtime.assemble import assembled, why_kept_dense
 from prunella.runtime.convert import convolution_context, tuner_for
 from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_
@@ -76,6 +77,9 @@ def save_sparse(
     check_apart(path, source)
     bare = unwrap(model)
     record = sparsified(bare)
+    if any(isinstance(module, AcceleratedLinear) for module in bare.modules()):
+        why = "its operations were chosen on an accelerator, for that device and version of torch"
+        raise RequestError("this model is not saved", why, "save the pruned model, and call sparse where it runs")
     if isinstance(bare, GraphModule) and factory is None:
         why = "its layers were fused, so it is a traced program"
         raise RequestError("this model needs its factory to be saved", why, "pass factory=, or sparse(..., fuse=False)")
@@ -308,5 +312,5 @@ def _example(entry: _Entry) -> Inputs | None:
         dtype = getattr(torch, name, None)
         if not isinstance(dtype, torch.dtype):
             raise BadInput("the manifest is broken", f"{name!r} is not a dtype", "write the folder again")
-        inputs.append(torch.zeros(shape, dtype=dtype))
+        inputs.append(torch.zeros(shape, dtype=dtype, device="cpu"))
     return None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)

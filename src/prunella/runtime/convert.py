@@ -14,6 +14,8 @@ from prunella.errors import RequestError
 from prunella.measure.clock import now, since
 from prunella.measure.machine import last_cache
 from prunella.model.copying import frozen_copy
+from prunella.model.device import devices_of, on_accelerator
+from prunella.runtime import accelerated
 from prunella.runtime.assemble import MIN_SPARSITY, Forms, assembled, why_kept_dense
 from prunella.runtime.fx.fuse import (
     Fused,
@@ -60,8 +62,9 @@ def sparse(
     caches, they are read from memory in the measurement. Then the full model is measured on the example and on its
     first token; if it is not faster, the copy is dense. In a model that does not fit the caches, linear layers without
     zeros and those with a tied weight may run a kernel for a few tokens. `sparsified(model)` says what was chosen and
-    why. Run the copy without gradients (`torch.inference_mode()`); its parameters require none. `torch.compile` and
-    `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
+    why. On a CUDA device the candidates are dense code, also compiled, 2:4 and blocks by operations of torch (never run
+    on a GPU yet). Run the copy without gradients (`torch.inference_mode()`); its parameters require none.
+    `torch.compile` and `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
     fuse: fuse batch norms, activations and residuals with the layer before them. Where `torch.fx` can trace the model,
@@ -82,6 +85,8 @@ def sparse(
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)
     layers = read_layers(dense, example)
+    if on_accelerator(devices_of(dense)):
+        return _sparse_there(dense, layers, example, tokens, seconds, seed, begin)
     tuner = tuner_for(dense, precision, seconds, seed)
     tuner.channels_last, fused = convolution_context(dense, layers.forms, example, fuse)
     builder = _Builder(dense, layers.forms, example, fuse, precision)
@@ -96,6 +101,24 @@ def sparse(
         precision=precision,
         traced=shapes_of(example) if isinstance(result, GraphModule) and result is not dense else (),
         channels_last=candidate.channels_last and candidate.outcome.kept,
+    )
+    return with_record(result, record)
+
+
+def _sparse_there(
+    dense: nn.Module, layers: Layers, example: Inputs, tokens: Sequence[int], seconds: float, seed: int, begin: float
+) -> nn.Module:
+    """The sparse model of a dense one on accelerators: the same record, and the same promise that it is not slower."""
+    builder = _Builder(dense, layers.forms, example, False, accelerated.precision_of(dense), there=True)
+    candidate = builder.candidate(accelerated.measured(dense, layers, tokens, seconds, seed))
+    candidate = _for_first_token(builder, candidate, layers.shapes)
+    result = candidate.model if candidate.outcome.kept and candidate.model is not None else dense
+    record = Sparsified(
+        candidate.layers,
+        candidate.outcome,
+        accelerated.environment(dense),
+        since(begin),
+        others=_with_zeros(dense, {name: why for name, why in layers.others.items() if why != NOT_CALLED}),
     )
     return with_record(result, record)
 
@@ -211,13 +234,14 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Builder:
-    """Builds the sparse model of a dense one, and measures it on the example."""
+    """Builds the sparse model of a dense one, and measures it on the example. there: on an accelerator."""
 
     dense: nn.Module
     forms: Forms
     example: Inputs
     fuse: bool
     precision: Precision
+    there: bool = False
 
     def candidate(self, layers: tuple[LayerRecord, ...], *, dense_for_few: bool = False) -> _Candidate:
         """The model with these layers, measured. dense_for_few: whether dense code runs for a few tokens."""
@@ -235,6 +259,8 @@ class _Builder:
         if not tables:
             return None, False
         with torch.inference_mode(False), torch.no_grad():
+            if self.there:
+                return accelerated.assembled_there(frozen_copy(self.dense), self.forms, tables), False
             model = assembled(frozen_copy(self.dense), self.forms, tables, self.example if self.fuse else None)
             return acceptance.with_channels_last(model, self.example)
 

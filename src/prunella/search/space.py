@@ -93,7 +93,7 @@ class Space:
     @cached_property
     def ladders(self) -> tuple[Ladder, ...]:
         """The steps of each group that min_density, round_to and the operations allow."""
-        ranks = (torch.arange(size, dtype=torch.float64) for size in self.sizes)
+        ranks = (torch.arange(size, dtype=torch.float64, device="cpu") for size in self.sizes)
         return tuple(self._ladder(index, keys) for index, keys in enumerate(ranks))
 
     @property
@@ -225,7 +225,9 @@ def space(
 
 def _units(request: Request) -> CandidateUnits:
     scored, _ = score_groups(request, *eligible_groups(request))
-    half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored}
+    half = {
+        g.name: torch.arange(g.size, device="cpu") >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored
+    }
     faults = unproven(request.model, request.graph, half, request.inputs, request.others)
     proven = {name: mask for name, mask in half.items() if name not in faults}
     wider = widened(request, proven).request

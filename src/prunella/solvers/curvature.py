@@ -226,7 +226,7 @@ def _updates(
             matrix = to_matrix(plan.weights.get(layer.entity, parameter.detach()), layer).clone()
             pruned = ~to_matrix(masks[parameter], layer).to(parameter.device)
             kept = plan.cuts.get(layer.entity, {}).get(layer.out_axis)
-            rows = torch.arange(len(matrix)) if kept is None else kept
+            rows = torch.arange(len(matrix), device="cpu") if kept is None else kept
             grads = statistics.get("sample_grad", layer.entity)
             task = _Task(layer, parameter, rows, matrix[rows].double(), pruned[rows], grads)
             for update, new in surgeon(task).items():

@@ -51,7 +51,7 @@ def project(scores: Saliency, pattern: Pattern, sparsity: float) -> Mask:
         return pattern.mask(scores)
     if isinstance(pattern, Element):
         return pattern.mask(scores, round(sparsity * (scores.shape[1] if pattern.per_row else scores.numel())))
-    freed = torch.as_tensor(pattern.freed(scores))
+    freed = torch.as_tensor(pattern.freed(scores), device=scores.device)
     return pattern.mask(scores, int(torch.searchsorted(freed, round(sparsity * scores.numel()))) + (sparsity > 0))
 
 

@@ -56,7 +56,7 @@ class OnGrid(Solved):
     scale: `(out, groups)`, in float64; column j belongs to group `j // group`. codes: `weight / scale`, integers.
     """
 
-    scale: Tensor = field(default_factory=lambda: torch.ones(1, 1))
+    scale: Tensor = field(default_factory=lambda: torch.ones(1, 1, device="cpu"))
     group: int = 1
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,10 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.model.batches import batches as all_batches
 from prunella.model.batches import check_batches
+from prunella.model.device import device_is_full, devices_of, free_cached_memory, halved, short_of_memory
 from prunella.model.forward import run, samples
 from prunella.model.state import losses_in_training_
 from prunella.stats.subject import Subject
 from prunella.stats.table import STATISTICS, Slot, why_unknown
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,70 @@ def collect(
         return Statistics(computed)
     backward = [name for name in factories if statistics[name].gradients]
     data = _checked(source, (backward or list(factories))[0], asker, backward=bool(backward))
+    values, batches, unread = _in_less_memory(subject, source, data, factories, knobs or {}, bool(backward), asker)
+    if not batches:
+        raise BadInput(
+            f"{asker} needs data, and data= holds no batches",
+            "the loader is empty, or data= is a generator that is exhausted",
+            "pass a list of batches or a DataLoader",
+        )
+    return Statistics(computed | values, batches, unread)
+
+
+Collected = tuple[dict[str, Mapping[str, Tensor]], int, dict[str, str]]
+"""Values by statistic, the number of batches, and the entities that could not be read."""
+Factories = Mapping[str, Callable[..., Slot]]
+
+
+def _in_less_memory(
+    subject: Subject,
+    source: Source,
+    data: Iterable[Any],
+    factories: Factories,
+    knobs: Mapping[str, Any],
+    backward: bool,
+    asker: str,
+) -> Collected:
+    """The statistics; where an accelerator is full, again with every batch in halves.
+
+    Sums over tokens do not depend on how samples are batched. The gradient of a loss may, so that it is not halved.
+    Errors: OutOfResources for an accelerator that one sample fills.
+    """
+    while True:
+        try:
+            return _collected(subject, source, data, factories, knobs, backward)
+        except Exception as error:  # whatever a user's loss raises
+            if not short_of_memory(error):
+                raise
+            place = devices_of(subject.model)
+            full = device_is_full(error, f"{place} is out of memory for the statistics of {asker}")
+        free_cached_memory()  # outside of the handler, whose traceback keeps tensors alive
+        halves = None if backward or isinstance(data, Iterator) else halved(data)
+        if halves is None:
+            raise full
+        log.warning("%s is out of memory: again with %d smaller batches", place, len(halves))
+        data = halves
+
+
+def _collected(
+    subject: Subject,
+    source: Source,
+    data: Iterable[Any],
+    factories: Factories,
+    knobs: Mapping[str, Any],
+    backward: bool,
+) -> Collected:
+    """The statistics of one run over the data."""
 
     def new_slots() -> dict[str, Slot]:
-        slots = {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
+        slots = {name: factory(subject, **_knobs(factory, knobs)) for name, factory in factories.items()}
         for slot in slots.values() if isinstance(data, Iterator) else ():
             if hasattr(slot, "once"):
                 slot.once()
         return slots
 
     slots, batches = new_slots(), 0
-    with torch.set_grad_enabled(bool(backward)):
+    with torch.set_grad_enabled(backward):
         weights = _differentiable(subject) if backward else {}
         for batch in all_batches(data, required=False):
             try:
@@ -109,14 +167,8 @@ def collect(
                 _add(subject.model, batch, source, slots, weights, batches)
             batches += 1
         _more_passes(subject.model, data, source, slots, weights, batches)
-    if not batches:
-        raise BadInput(
-            f"{asker} needs data, and data= holds no batches",
-            "the loader is empty, or data= is a generator that is exhausted",
-            "pass a list of batches or a DataLoader",
-        )
     unread = {entity: str(call) for slot in slots.values() for entity, call in getattr(slot, "unread", {}).items()}
-    return Statistics(computed | {name: slot.result() for name, slot in slots.items()}, batches, unread)
+    return {name: slot.result() for name, slot in slots.items()}, batches, unread
 
 
 def _more_passes(

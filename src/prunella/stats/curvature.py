@@ -65,7 +65,7 @@ class HessianDiag:
         return {name: total / self._batches for name, total in self._sums.items()}
 
     def _signs(self, weight: Tensor) -> Tensor:
-        bits = torch.randint(0, 2, weight.shape, generator=self._generator)
+        bits = torch.randint(0, 2, weight.shape, generator=self._generator, device="cpu")
         return (2 * bits - 1).to(weight.device, weight.dtype)
 
 
@@ -145,7 +145,7 @@ class FisherInverse:
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""
-        eye = torch.eye(self._block, dtype=torch.float64)
+        eye = torch.eye(self._block, dtype=torch.float64, device="cpu")
         damped = {n: s / self._samples + self._damping * eye.to(s.device) for n, s in self._sums.items()}
         return {name: torch.cholesky_inverse(torch.linalg.cholesky(matrix)) for name, matrix in damped.items()}
 

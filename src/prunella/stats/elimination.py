@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput
 from prunella.graph.data import Group
+from prunella.model.device import home_of_sums
 from prunella.model.forward import real_tokens
 from prunella.model.observed_reads import Read
 from prunella.model.watch import Watch
@@ -58,7 +59,12 @@ def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) 
     """
     parts = [_Part.of(reader, units, ridge) for reader in readers]
     scale = sum(float((r.seen @ r.gram * r.seen).sum()) for r in readers) or 1.0
-    left, order, losses, total = torch.arange(units), list[int](), torch.zeros(units, dtype=torch.float64), 0.0
+    left, order, losses, total = (
+        torch.arange(units, device="cpu"),
+        list[int](),
+        torch.zeros(units, dtype=torch.float64, device="cpu"),
+        0.0,
+    )
     while len(left):
         costs = torch.stack([part.costs(left) for part in parts]).sum(0)
         chosen = costs.argsort(stable=True)[: max(1, len(left) // CHUNK)]
@@ -69,10 +75,10 @@ def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) 
             order.append(unit)
         for part in parts:
             part.remove(removed)
-        kept = torch.ones(len(left), dtype=torch.bool)
+        kept = torch.ones(len(left), dtype=torch.bool, device="cpu")
         kept[chosen] = False
         left = left[kept]
-    return Removal(torch.tensor(order, dtype=torch.long), losses)
+    return Removal(torch.tensor(order, dtype=torch.long, device="cpu"), losses)
 
 
 def compensated(reader: Quadratic, keep: Mask, *, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -81,11 +87,11 @@ def compensated(reader: Quadratic, keep: Mask, *, ridge: float = 1e-3) -> tuple[
     `min over W' of |(W - W') X|^2 + ridge * mean(diag G) |W - W'|^2` with zeros in the removed columns: `W'_K = W_K +
     W_R G_RK (G_KK + ridge * mean(diag G) I)^-1`. The constant restores the mean of the outputs for centered inputs.
     """
-    removed = torch.zeros(len(reader.units), dtype=torch.bool)
+    removed = torch.zeros(len(reader.units), dtype=torch.bool, device="cpu")
     removed[reader.units >= 0] = ~keep[reader.units[reader.units >= 0]]
     kept = ~removed
     weight, gram = reader.weight, reader.gram
-    damped = gram[kept][:, kept] + _damping(gram, ridge) * torch.eye(int(kept.sum()), dtype=gram.dtype)
+    damped = gram[kept][:, kept] + _damping(gram, ridge) * torch.eye(int(kept.sum()), dtype=gram.dtype, device="cpu")
     change = torch.linalg.solve(damped, (weight[:, removed] @ gram[removed][:, kept]).T).T
     new = torch.zeros_like(weight)
     new[:, kept] = weight[:, kept] + change
@@ -103,11 +109,13 @@ class _Part:
 
     @classmethod
     def of(cls, reader: Quadratic, units: int, ridge: float) -> _Part:
-        damped = reader.gram + _damping(reader.gram, ridge) * torch.eye(len(reader.gram), dtype=reader.gram.dtype)
+        damped = reader.gram + _damping(reader.gram, ridge) * torch.eye(
+            len(reader.gram), dtype=reader.gram.dtype, device="cpu"
+        )
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         sizes = torch.bincount(reader.units[reader.units >= 0], minlength=units)
         pad = len(reader.units)  # a column of weight 0 whose inverse block is the identity
-        columns = torch.full((units, max(1, int(sizes.max()))), pad, dtype=torch.long)
+        columns = torch.full((units, max(1, int(sizes.max()))), pad, dtype=torch.long, device="cpu")
         for unit in range(units):
             columns[unit, : int(sizes[unit])] = (reader.units == unit).nonzero()[:, 0]
         weight = torch.nn.functional.pad(reader.seen, (0, 1))
@@ -126,7 +134,7 @@ class _Part:
 
     def remove(self, units: Tensor) -> None:
         """Remove units together, which gives the same as one after the other, and close the gaps."""
-        kept = torch.ones(len(self.inverse), dtype=torch.bool)
+        kept = torch.ones(len(self.inverse), dtype=torch.bool, device="cpu")
         kept[self.columns[units].flatten()] = False
         kept[-1] = True  # the column of zeros
         removed = (~kept).nonzero()[:, 0]
@@ -162,7 +170,7 @@ def spread(tokens: int, inputs: int) -> Tensor | None:
     most = max(FEW, TOKENS * inputs)
     if tokens <= most:
         return None
-    return (torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * tokens).long()
+    return (torch.arange(most, dtype=torch.float64, device="cpu") * 0.6180339887498949 % 1 * tokens).long()
 
 
 def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
@@ -178,9 +186,10 @@ def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
 
 def column_sums(x: Tensor) -> Tensor:
     """`x.sum(0)` in float64, of products with ones that add some thousand rows in the precision of x: much quicker."""
-    ones, total = x.new_ones(1, min(FEW, len(x))), x.new_zeros(x.shape[1], dtype=torch.float64)
+    ones = x.new_ones(1, min(FEW, len(x)))
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=home_of_sums(x.device))
     for part in torch.split(x, FEW):
-        total += (ones[:, : len(part)] @ part)[0]
+        total += (ones[:, : len(part)] @ part)[0].to(total.device)
     return total
 
 
@@ -190,16 +199,16 @@ class Covariance:
 
     centered: bool
     tokens: int = 0
-    origin: Tensor = field(default_factory=lambda: torch.zeros(0))
-    total: Tensor = field(default_factory=lambda: torch.zeros(0))
-    products: Tensor = field(default_factory=lambda: torch.zeros(0))
+    origin: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    total: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    products: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
 
     def add(self, x: Tensor) -> None:
         """Add tokens, `(tokens, in)`."""
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centered else x.new_zeros(x.shape[1]).double()
-            self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
-            self.products = self.products.to(x.device)
+            self.total = torch.zeros_like(self.origin)
+            self.products = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         x = x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
         x = x - self.origin.to(x.dtype) if self.centered else x
         self.tokens += len(x)
@@ -289,7 +298,7 @@ class Readers:
         pairs = []
         for member in (m for m in group.members if m.role == "in" and m.entity in self._weights):
             weight = self._weights[member.entity]
-            positions = torch.full((weight.shape[member.axis],), -1, dtype=torch.long)
+            positions = torch.full((weight.shape[member.axis],), -1, dtype=torch.long, device="cpu")
             positions[torch.from_numpy(member.index)] = torch.from_numpy(member.unit)
             shape = [1] * weight.dim()
             shape[member.axis] = -1

@@ -103,7 +103,7 @@ def gate_gradient(group: Group, weights: Mapping[str, Tensor], grads: Grads) -> 
     """
     readers = [m for m in group.members if m.role == "in" and m.entity in weights]
     producers = [m for m in group.members if m.role in ("out", "bias") and m.entity in weights]
-    gates = torch.zeros(group.size, dtype=torch.float64)
+    gates = torch.zeros(group.size, dtype=torch.float64, device="cpu")
     members = [m for m in group.members if m.entity in weights]
     for member in members if group.paths else readers or producers:
         if member.entity in grads:

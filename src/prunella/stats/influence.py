@@ -27,7 +27,7 @@ class Influence:
         self._model = subject.model
         self._stacks = {group.name: group.paths for group in subject.groups if group.paths}
         self._axis = {path: _axis(subject, path) for paths in self._stacks.values() for path in paths}
-        self._sums = {path: torch.zeros(2, dtype=torch.float64) for path in self._axis}
+        self._sums = {path: torch.zeros(2, dtype=torch.float64, device="cpu") for path in self._axis}
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""

@@ -128,7 +128,10 @@ def flow(subject: Subject) -> dict[str, Tensor]:
     weights = dict(positive.named_parameters(remove_duplicate=False))
     parameters = [weights[name] for name in subject.scored]
     with torch.enable_grad():
-        total = sum((t.sum() for t in outputs_of(positive, input_of_ones) if t.is_floating_point()), torch.zeros(()))
+        total = sum(
+            (t.sum() for t in outputs_of(positive, input_of_ones) if t.is_floating_point()),
+            torch.zeros((), device="cpu"),
+        )
         gradients: Any = (None,) * len(parameters)
         if total.requires_grad:
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -175,7 +178,7 @@ def _ones(inputs: Any) -> Any:
 
 
 def _check(total: float, weights: Sequence[Tensor]) -> None:
-    if not torch.isfinite(torch.tensor(total)):
+    if not torch.isfinite(torch.tensor(total, device="cpu")):
         raise BadInput(f"the flow through the model is {total:g}", "its weights are too large", "scale them down")
     if total == 0 and not any(bool((weight == 0).any()) for weight in weights):
         raise NotSupported(

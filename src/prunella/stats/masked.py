@@ -40,7 +40,7 @@ def behind(scores: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict[str,
     lowest = min(float(value.min()) for value in scores.values())
     ranked = {}
     for name, value in scores.items():
-        below = torch.nextafter(torch.tensor(min(lowest, 0.0), dtype=value.dtype), torch.tensor(-torch.inf).to(value))
+        below = torch.nextafter(value.new_tensor(min(lowest, 0.0)), value.new_tensor(-torch.inf))
         below = below.clamp_max(-torch.finfo(value.dtype).tiny)
         ranked[name] = torch.where(masks[name], value, below) if name in masks else value
     return ranked

@@ -133,7 +133,7 @@ class InputVar:
 
 def _mean(units: int, parts: Parts) -> Tensor:
     """Mean of a single measure over all readers."""
-    count = total = torch.zeros(units, dtype=torch.float64)
+    count = total = torch.zeros(units, dtype=torch.float64, device="cpu")
     for unit, (tokens, values) in parts:
         count, total = count.index_add(0, unit, tokens), total.index_add(0, unit, values)
     return total / count.clamp_min(1)
@@ -141,10 +141,10 @@ def _mean(units: int, parts: Parts) -> Tensor:
 
 def _mean_variance(units: int, parts: Parts) -> Tensor:
     """Variance of each position, then the mean over the positions."""
-    count = total = torch.zeros(units, dtype=torch.float64)
+    count = total = torch.zeros(units, dtype=torch.float64, device="cpu")
     for unit, sums in parts:
         total = total.index_add(0, unit, _variance(*sums))
-        count = count.index_add(0, unit, torch.ones(len(unit), dtype=torch.float64))
+        count = count.index_add(0, unit, torch.ones(len(unit), dtype=torch.float64, device="cpu"))
     return total / count.clamp_min(1)
 
 

@@ -84,7 +84,7 @@ class Routed:
     def __init__(self, subject: Subject, *, weighted: bool) -> None:
         self._subject, self._weighted = subject, weighted
         sizes = {group.name: group.size for group in subject.groups if group.kind == "expert"}
-        self._sums = {name: torch.zeros(3, size, dtype=torch.float64) for name, size in sizes.items()}
+        self._sums = {name: torch.zeros(3, size, dtype=torch.float64, device="cpu") for name, size in sizes.items()}
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""
@@ -103,7 +103,7 @@ class Routed:
     def _add(self, name: str, chosen: Tensor, weights: Tensor | None) -> None:
         if name in self._sums:
             sums, flat = self._sums[name], chosen.flatten().cpu()
-            sums[0].index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64))
+            sums[0].index_add_(0, flat, torch.ones(len(flat), dtype=torch.float64, device="cpu"))
             sums[2] += len(chosen)
             if weights is not None:
                 sums[1].index_add_(0, flat, weights.flatten().double().cpu())
@@ -130,7 +130,9 @@ class ExpertOutput:
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._groups = {group.name: group for group in subject.groups if group.kind == "expert"}
-        self._sums = {name: torch.zeros(2, g.size, dtype=torch.float64) for name, g in self._groups.items()}
+        self._sums = {
+            name: torch.zeros(2, g.size, dtype=torch.float64, device="cpu") for name, g in self._groups.items()
+        }
         self._chosen: dict[str, Tensor] = {}
 
     def watch(self) -> AbstractContextManager[object]:
@@ -227,4 +229,4 @@ def _home(subject: Subject, group: Group) -> str:
 
 def _rows(out: Any) -> Tensor:
     outputs = tensors(out)
-    return outputs[0].detach().flatten(0, -2) if outputs and outputs[0].dim() > 1 else torch.empty(0, 1)
+    return outputs[0].detach().flatten(0, -2) if outputs and outputs[0].dim() > 1 else torch.empty(0, 1, device="cpu")

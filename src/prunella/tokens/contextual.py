@@ -79,7 +79,7 @@ def contextual_(
     unknown = sorted(set(predictors or {}) - set(producers))
     if unknown:
         raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(producers)}", "")
-    keep_top(torch.zeros(1, 1), keep)  # check keep before any hook is registered
+    keep_top(torch.zeros(1, 1, device="cpu"), keep)  # check keep before any hook is registered
     entered: dict[str, Tensor] = {}
     handles = []
     for path, source in producers.items():

@@ -88,7 +88,7 @@ class NetworkSurgery:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step, masks (`bits.NAME`) and dense weights (`dense.NAME`); the parameters themselves hold only `m * W`."""
-        state = {"step": torch.tensor(self.taken)}
+        state = {"step": torch.tensor(self.taken, device="cpu")}
         for name, parameter in unwrap(self.model).named_parameters():
             if parameter in self._masks:
                 state[f"bits.{name}"] = pack(self._masks[parameter]).bits

@@ -178,7 +178,10 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step and masks as tensors (`bits.NAME`: one bit per weight), for safetensors or `torch.save`."""
-        state = {"step": torch.tensor(self.taken), "fraction": torch.tensor(self._fraction, dtype=torch.float64)}
+        state = {
+            "step": torch.tensor(self.taken, device="cpu"),
+            "fraction": torch.tensor(self._fraction, dtype=torch.float64, device="cpu"),
+        }
         seen: set[nn.Parameter] = set()
         for name, parameter, packed in records(self.model):
             if parameter not in seen:

@@ -145,7 +145,7 @@ def shuffled_plan(plan: Plan, *, seed: int = 0) -> Plan:
 
 def _shuffled(mask: Mask, key: str) -> Mask:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    order = torch.randperm(mask.numel(), generator=generator)
+    order = torch.randperm(mask.numel(), generator=generator, device="cpu")
     return mask.flatten()[order].view_as(mask)
 
 

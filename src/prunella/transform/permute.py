@@ -131,7 +131,7 @@ class PermutedReader:
         if units % m:
             return False
         columns = self.columns.view(units // m, -1)[:, self.slots].view(units // m, -1, m)
-        aligned = (columns[..., :1] % m == 0) & (columns == columns[..., :1] + torch.arange(m))
+        aligned = (columns[..., :1] % m == 0) & (columns == columns[..., :1] + torch.arange(m, device="cpu"))
         return bool(aligned.all())
 
     def kept(self, units: Tensor, n: int) -> Tensor:
@@ -145,7 +145,7 @@ def best_order(
     readers: Sequence[PermutedReader], pattern: NM, size: int, rounds: int, seed: int
 ) -> tuple[Tensor, float, float]:
     """The best order, and the magnitude kept before and after."""
-    stripes = torch.arange(size).view(-1, pattern.m)
+    stripes = torch.arange(size, device="cpu").view(-1, pattern.m)
     regroupings = _regroupings(pattern.m)
     generator = torch.Generator().manual_seed(seed)
     value = _kept(readers, stripes, pattern.n)
@@ -169,7 +169,7 @@ def _regroup(
     units = stripes[pairs].view(len(pairs), 2 * m)[:, regroupings]
     kept = _kept(readers, units.view(-1, m), n).view(len(pairs), len(regroupings), 2)
     best = kept.sum(2).argmax(1)
-    rows = torch.arange(len(pairs))
+    rows = torch.arange(len(pairs), device="cpu")
     better = kept.sum(2)[rows, best] > value[pairs].sum(1) * (1 + 1e-9)
     regrouped = units[rows, best].view(len(pairs), 2, m)
     stripes[pairs[better]] = regrouped[better]
@@ -178,12 +178,14 @@ def _regroup(
 
 
 def _kept(readers: Sequence[PermutedReader], stripes: Tensor, n: int, chunk: int = 4096) -> Tensor:
-    return torch.cat([sum((r.kept(part, n) for r in readers), torch.zeros(())) for part in torch.split(stripes, chunk)])
+    return torch.cat(
+        [sum((r.kept(part, n) for r in readers), torch.zeros((), device="cpu")) for part in torch.split(stripes, chunk)]
+    )
 
 
 def _matchings(stripes: int, generator: torch.Generator) -> list[Tensor]:
     """Every pair of stripes once, shuffled, in rounds without a repeated stripe (a tournament)."""
-    places = torch.randperm(stripes + stripes % 2, generator=generator)
+    places = torch.randperm(stripes + stripes % 2, generator=generator, device="cpu")
     matchings = []
     for _ in range(len(places) - 1):
         pairs = torch.stack([places[: len(places) // 2], places[len(places) // 2 :].flip(0)], 1)
@@ -197,13 +199,13 @@ def _regroupings(m: int) -> Tensor:
     units = range(2 * m)
     if m <= _EXHAUSTIVE:
         firsts = [(0, *rest) for rest in itertools.combinations(range(1, 2 * m), m - 1)]
-        return torch.tensor([[*first, *(i for i in units if i not in first)] for first in firsts])
+        return torch.tensor([[*first, *(i for i in units if i not in first)] for first in firsts], device="cpu")
     regroupings = [list(units)]
     for a, b in itertools.product(range(m), range(m, 2 * m)):
         swapped = list(units)
         swapped[a], swapped[b] = b, a
         regroupings.append(swapped)
-    return torch.tensor(regroupings)
+    return torch.tensor(regroupings, device="cpu")
 
 
 def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[PermutedReader]:
@@ -220,7 +222,7 @@ def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[
         places = _places(group, member.index, member.unit)
         if places is None or matrix.shape[1] % pattern.m:
             continue
-        columns = (places.unsqueeze(2) * kernel + torch.arange(kernel)).flatten(1)
+        columns = (places.unsqueeze(2) * kernel + torch.arange(kernel, device="cpu")).flatten(1)
         reader = PermutedReader(matrix, columns, pattern.m)
         readers += [reader] if reader.striped() else []
     return readers
@@ -228,7 +230,7 @@ def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[
 
 def _places(group: Group, index: object, unit: object) -> Tensor | None:
     """Positions by unit, `(units, k)`; None if units have different numbers of positions."""
-    at, of = torch.as_tensor(index), torch.as_tensor(unit)
+    at, of = torch.as_tensor(index, device="cpu"), torch.as_tensor(unit, device="cpu")
     counts = torch.bincount(of, minlength=group.size)
     if not bool((counts == counts[0]).all()):
         return None
@@ -257,7 +259,7 @@ def _moved(model: nn.Module, group: Group, order: Tensor, inputs: Inputs) -> str
         places = _places(group, member.index, member.unit)
         assert places is not None
         axes = cuts.setdefault(member.entity, {})
-        positions = axes.setdefault(member.axis, torch.arange(sizes[member.entity].shape[member.axis]))
+        positions = axes.setdefault(member.axis, torch.arange(sizes[member.entity].shape[member.axis], device="cpu"))
         positions[places.flatten()] = places[order].flatten()
     permuted = copied(model)
     cut_(permuted, cuts, {})

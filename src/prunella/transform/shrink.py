@@ -13,6 +13,7 @@ from prunella.graph.other_sizes import check_sizes
 from prunella.graph.training_pass import training_fault
 from prunella.graph.verify import check
 from prunella.model.copying import copied
+from prunella.model.device import check_float64
 from prunella.model.masks import slice_masks_
 from prunella.model.state import outside_inference
 from prunella.model.torch_masks import with_plain_weights
@@ -53,6 +54,7 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = N
 
 
 def _shrunk(model: nn.Module, plan: Plan, inputs: Inputs | Examples | None) -> nn.Module:
+    check_float64(model)
     dense = copied(model)
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, changes=Changes()))

@@ -91,7 +91,7 @@ def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     pixels, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(pixels).float().div_(8).sub_(1).view(-1, 1, 8, 8)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed), device="cpu")
     x, y = x[order], torch.from_numpy(labels).long()[order]
     return x[_TEST:], y[_TEST:], x[:_TEST], y[:_TEST]
 

@@ -157,7 +157,7 @@ class _Judge:
     def __init__(self, text: _Text, corpus: Corpus, dense: nn.Module) -> None:
         texts = [s.first for s in corpus.held_out] + [s.rest for s in corpus.held_out]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        self._back = torch.tensor(order).argsort()
+        self._back = torch.tensor(order, device="cpu").argsort()
         ordered = [texts[i] for i in order]
         self._batches = [text.encode(ordered[start : start + 16]) for start in range(0, len(ordered), 16)]
         self._dense = dense

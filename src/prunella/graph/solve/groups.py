@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, NotSupported, PruningError, one_line
+from prunella.errors import BadInput, NotSupported, PruningError, one_line, out_of_resources
 from prunella.graph.cut.macs import with_macs
 from prunella.graph.data import (
     Attribute,
@@ -71,7 +71,7 @@ def couple(
     except PruningError:
         raise
     except Exception as error:
-        raise _not_run(model, inputs, error) from error
+        raise out_of_resources(error) or _not_run(model, inputs, error) from error
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)

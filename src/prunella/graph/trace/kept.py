@@ -88,7 +88,7 @@ def _referenced(alive: list[Tensor], known: Sequence[Tensor]) -> list[Tensor]:
 
 def _references() -> tuple[int, int]:
     """How many references a tensor in a list has, without and with a view that is alive; releases of torch differ."""
-    alone, base = torch.empty(1), torch.empty(1)
+    alone, base = torch.empty(1, device="cpu"), torch.empty(1, device="cpu")
     tensors, views = [alone, base], [base[:1]]
     del alone, base
     assert all(view._base is not None for view in views)  # asked for as above: it may change who owns the base

@@ -80,7 +80,9 @@ def decode(name: str, parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Mask]
     if offsets is not None:
         counts = mask.sum(-1)
         _offsets(
-            name, offsets, torch.cumsum(counts, 0) - counts if mask.dim() > 1 else torch.zeros(1, dtype=torch.long)
+            name,
+            offsets,
+            torch.cumsum(counts, 0) - counts if mask.dim() > 1 else torch.zeros(1, dtype=torch.long, device="cpu"),
         )
     elif values.dim() == 2:
         _two_of_four(name, mask, values)
@@ -91,7 +93,7 @@ def _place(mask: Mask, values: Tensor) -> Tensor:
     # By bytes: formats of eight bits have no such assignment.
     raw = values.detach().cpu().contiguous().reshape(-1)
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[raw.element_size()]
-    dense = torch.zeros(mask.shape, dtype=whole)
+    dense = torch.zeros(mask.shape, dtype=whole, device="cpu")
     dense[mask] = raw.view(whole)
     return dense.view(values.dtype)
 

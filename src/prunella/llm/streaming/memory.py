@@ -111,7 +111,9 @@ def forward_bytes(block: nn.Module, call: BlockCall, *, trained: bool) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
 
         def fake_like(tensor: Tensor) -> Tensor:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=trained and tensor.is_floating_point())
+            return torch.empty(
+                tensor.shape, dtype=tensor.dtype, requires_grad=trained and tensor.is_floating_point(), device="cpu"
+            )
 
         state = {name: fake_like(t) for name, t in [*block.named_parameters(), *block.named_buffers()]}
         args, kwargs = pytree.tree_map_only(Tensor, fake_like, (call.args, call.kwargs))
@@ -129,9 +131,9 @@ def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
     scale = max(1.0, max(rows, columns) / _SMALL)
     small = [max(unit, round(size / scale / unit) * unit) for size in (rows, columns)]
     random = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2 * small[1], small[1], generator=random)
+    inputs = torch.randn(2 * small[1], small[1], generator=random, device="cpu")
     with Live() as live:
-        weight = torch.randn(*small, generator=random)
+        weight = torch.randn(*small, generator=random, device="cpu")
         gram = inputs.T @ inputs
         how.method(weight, gram, pattern, sparsity=0.5)
     return math.ceil(int(live.peak) * max(rows * columns / math.prod(small), (columns / small[1]) ** 2))

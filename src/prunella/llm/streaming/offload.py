@@ -42,7 +42,7 @@ class OnDisk(Sequence[Tensor]):
         if isinstance(k, slice):
             return [self[n] for n in range(*k.indices(len(self)))]
         start, dtype, shape = self._places[k]
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         view = bytes_of(tensor)
         self._file.seek(start)
         while view:

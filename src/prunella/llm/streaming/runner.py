@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.graph.data import Layer
@@ -84,6 +85,7 @@ class StreamingRun:
         budget: int | None,
         skip: Sequence[str] = (),
         held_out: Iterable[Any] = (),
+        skeleton: Skeleton | None = None,
     ) -> None:
         self.source, self.how, self.distributed, self.skip = source, how, distributed, tuple(skip)
         self.held_out = not_fitted(held_out, distributed)
@@ -91,13 +93,28 @@ class StreamingRun:
         self.tokens = sum(max((t.numel() for t in tensors(batch)), default=0) for batch in data)
         self.copies = 2 if how.refine is None and not self.held_out else 3
         """Copies of the hidden states: inputs and outputs of a block; also the dense outputs, if they are a target."""
-        self.skeleton = Skeleton(source, read_folder(source))
+        self.skeleton = skeleton or Skeleton(source, read_folder(source))
         check_known({part for name in self.skeleton.like for part in parts(name)}, self.skip, ())
         self.paths = listed_block_paths(self.skeleton.model)
-        first = self._capture(self.data[:1], list)
-        self.layers = self._layers(first)
-        self.stream_bytes = len(self.data) * _bytes(first.hidden_states[0])
-        self.peak = amounts.largest(partial(self._moments, first), budget)
+        self.first = self._capture(self.data[:1], list)
+        self.layers = self._layers(self.first)
+        self.stream_bytes = len(self.data) * _bytes(self.first.hidden_states[0])
+        self._works: dict[str, int] = {}
+        self.peak = self.peak_within(budget)
+
+    def peak_within(self, budget: int | None) -> amounts.Peak:
+        """The peak of memory. Errors: RequestError if it is above the budget."""
+        return amounts.largest(partial(self._moments, self.first), budget)
+
+    def for_processes(self, count: int) -> StreamingRun:
+        """The same run as the first of so many processes. Errors: RequestError for more processes than batches."""
+        other = copy.copy(self)
+        other.distributed = ProcessGroup(0, count)
+        samples = self.data[: len(self.data) - len(self.held_out)]
+        other.data = [*other.distributed.shard(samples), *self.held_out]
+        other.stream_bytes = len(other.data) * _bytes(self.first.hidden_states[0])
+        other.peak = other.peak_within(None)
+        return other
 
     @property
     def disk(self) -> int:
@@ -238,17 +255,21 @@ class StreamingRun:
                     "stream": stream * self.copies,
                     "conversion": 2 * self.skeleton.converted(names),
                     "constants": first.constants,
-                    "work": self._work(path, first.calls(path)[0]),
+                    "work": self._work_of(path, first),
                 }
                 moments.append(amounts.Peak(sizes, on_disk))
         return moments
+
+    def _work_of(self, path: str, first: Captured) -> int:
+        if path not in self._works:
+            self._works[path] = self._work(path, first.calls(path)[0])
+        return self._works[path]
 
     def _work(self, path: str, call: BlockCall) -> int:
         """The largest memory beyond the weights: a pass with its activations, or a solver and its Gram matrix."""
         hidden_states = call.hidden_states
         module = self.skeleton.model.get_submodule(path)
-        with self._inference(), experts_implementation(self.skeleton.model, "batched_mm"):
-            passing = amounts.forward_bytes(module, call, trained=self.how.refine is not None)
+        passing = self._passing(module, call)
         weights = [(self.skeleton.like[layer.entity], layer) for layer in self.layers[path]]
         chunks = [next(expert_chunks(weight, layer)) for weight, layer in weights]
         shapes = [
@@ -259,6 +280,17 @@ class StreamingRun:
         grams = (16 * shape[1] ** 2 * len(experts) for shape, experts in zip(shapes, chunks, strict=True))
         solving = max((amounts.solver_bytes(self.how, *shape) for shape in set(shapes)), default=0)
         return int(amounts.MARGIN * max(passing + max(reads, max(grams, default=0)), solving))
+
+    def _passing(self, module: nn.Module, call: BlockCall) -> int:
+        """The memory of a pass. Experts get sorted tokens, as one by one: a batched product copies weights for each."""
+        measured = partial(amounts.forward_bytes, module, call, trained=self.how.refine is not None)
+        with self._inference():
+            try:
+                with experts_implementation(self.skeleton.model, "grouped_mm"):
+                    return measured()
+            except RuntimeError:  # torch knows the shapes of a grouped product in bfloat16 alone
+                with experts_implementation(self.skeleton.model, "batched_mm"):
+                    return measured()
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from prunella.io.load import class_of, import_transformers
 from prunella.io.tensor_file import StoredTensor
 from prunella.llm.streaming.conversion import Converted, Files
 from prunella.model.rng import seeded
-from prunella.model.trees import tensors
+from prunella.model.trees import each, tensors
 from prunella.model.user_code import call_user
 
 
@@ -36,11 +37,12 @@ class Skeleton:
     """The model, and the place of each stored tensor. Tied tensors remain tied, under any of their names in the files.
 
     aliases: all names of a tensor. like: tensors on the meta device by name. persistent: names in the state dict.
-    used: names of the tensors that were loaded by `on_demand`.
+    used: names of the tensors that were loaded by `on_demand`. virtual: the folder has a configuration alone; modules
+    outside the blocks then return zeros.
     """
 
-    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
-        self.model = _built(folder)
+    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor] | None) -> None:
+        self.model, self.virtual = _built(folder), stored is None
         named = dict(_named(self.model))
         groups: dict[int, list[str]] = {}
         for name, tensor in named.items():
@@ -48,11 +50,20 @@ class Skeleton:
         self.aliases = {name: tuple(groups[id(tensor)]) for name, tensor in named.items()}
         self.like = {name: tensor.detach().to("meta") for name, tensor in named.items()}
         self.persistent = frozenset(self.model.state_dict(keep_vars=True)) & named.keys()
-        self.files = Files(self.model, stored)
+        self.files = Files(self.model, self._of_configuration(folder) if stored is None else stored)
         self.stored = self.files.stored
         self.used: set[str] = set()
         self._check(folder)
         self.unload_(self.persistent)
+
+    def _of_configuration(self, folder: Path) -> dict[str, StoredTensor]:
+        """The tensors that a folder with weights would have, each once."""
+        once = {self.aliases[name][0] for name in self.persistent}
+        likes = {name: self.like[name] for name in self.like if name in once}
+        return {
+            name: StoredTensor(folder, like.dtype, tuple(like.shape), 0, like.numel() * like.element_size())
+            for name, like in likes.items()
+        }
 
     def _check(self, folder: Path) -> None:
         missing = sorted(n for n in self.persistent if self.source_of(n) is None)
@@ -117,6 +128,11 @@ class Skeleton:
         """Inside, modules outside the blocks are loaded when they first run, and unloaded at the end."""
         inside = tuple(f"{path}." for path in blocks)
         used: list[str] = []
+        if self.virtual:
+            with self._zeros_around(inside, used):
+                yield
+            self.used |= set(used)
+            return
 
         def enter(prefix: str) -> Callable[[nn.Module, Any, Any], None]:
             def load(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -141,6 +157,33 @@ class Skeleton:
                 handle.remove()
             self.unload_(used)
             self.used |= set(used)
+
+    @contextmanager
+    def _zeros_around(self, inside: tuple[str, ...], used: list[str]) -> Iterator[None]:
+        """Inside, modules outside the blocks that have weights run on the meta device, and return zeros."""
+        outside = [
+            (path, module)
+            for path, module in self.model.named_modules()
+            if not f"{path}.".startswith(inside)
+            and any(map(_is_empty, [*module._parameters.values(), *module._buffers.values()]))
+        ]
+        for path, module in outside:
+            names = [f"{path}.{leaf}" if path else leaf for leaf in (*module._parameters, *module._buffers)]
+            module.forward = partial(_zeros_of, module.forward, partial(used.extend, names))
+        try:
+            yield
+        finally:
+            for _, module in outside:
+                del module.forward
+
+
+def _zeros_of(forward: Callable[..., Any], note: Callable[[], None], *args: Any, **kwargs: Any) -> Any:
+    """Zeros in the shape of the outputs; after the last block all is on the meta device, and stays there."""
+    if any(_is_empty(tensor) for tensor in tensors([list(args), kwargs])):
+        return forward(*args, **kwargs)
+    note()
+    there = each([list(args), kwargs], lambda tensor: tensor.to("meta"))
+    return each(forward(*there[0], **there[1]), lambda tensor: torch.zeros_like(tensor, device="cpu"))
 
 
 def _built(folder: Path) -> nn.Module:

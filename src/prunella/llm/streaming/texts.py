@@ -55,7 +55,7 @@ def drawn_for(
 def placeholder(calibration: Calibration, source: Path) -> Drawn:
     """Windows of the same sizes for a forecast, with arbitrary tokens in place of the model's own text."""
     words = max(1, int(read_config(source / "config.json").integer("vocab_size", low=1, default=1)))
-    tokens = torch.arange(calibration.writes * calibration.seqlen).remainder(words)
+    tokens = torch.arange(calibration.writes * calibration.seqlen, device="cpu").remainder(words)
     tokens = tokens.view(calibration.writes, calibration.seqlen)
     own = OwnText(tokens, (0.0,) * len(tokens), calibration.seed, 0)
     return calibration.draw(None, folder=source, own=own)
@@ -119,7 +119,7 @@ def _own(stored: Fields, file: Path) -> OwnText:
     windows = [window.fields() for window in stored.list_of("windows")]
     try:
         rows = [[int(token) for token in window.text("tokens").split()] for window in windows]
-        tokens = torch.tensor(rows)
+        tokens = torch.tensor(rows, device="cpu")
     except ValueError as error:
         raise BadInput(f"{file} is damaged", str(error), stored.todo) from error
     own = OwnText(

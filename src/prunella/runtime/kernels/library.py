@@ -200,7 +200,7 @@ def pack(weight: Tensor, config: Config) -> PackedWeight:
     dense = weight.detach().to("cpu", torch.float32)
     rows, columns = dense.nonzero(as_tuple=True)
     values = dense[rows, columns].contiguous()
-    starts = torch.zeros(dense.shape[0] + 1, dtype=torch.int64)
+    starts = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device="cpu")
     starts[1:] = torch.bincount(rows, minlength=dense.shape[0]).cumsum(0)
     return pack_rows((dense.shape[0], dense.shape[1]), starts, columns.contiguous(), values, config)
 

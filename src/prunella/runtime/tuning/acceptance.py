@@ -15,6 +15,7 @@ from prunella.errors import CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.measure.timing import Comparison, Ratio, compare_latency, own_clock
 from prunella.model.copying import frozen_copy
+from prunella.model.device import devices_of, synchronize
 from prunella.model.forward import forward, outputs_of
 from prunella.model.trees import tensors
 from prunella.runtime.fx.fuse import channels_last_
@@ -98,17 +99,20 @@ def speedup(base: nn.Module, other: nn.Module, example: Inputs) -> Ratio:
     """The speed of the other model relative to the base, on an example."""
     runs = {"base": partial(forward, base, example), "other": partial(forward, other, example)}
     with torch.inference_mode():
-        return interleaved(runs).ratio
+        return interleaved(runs, device=devices_of(base)).ratio
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:
-    """A comparison in 9 to 41 interleaved rounds, more for fast calls."""
-    clock = own_clock()
+def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0, device: str = "cpu") -> Comparison:
+    """A comparison in 9 to 41 interleaved rounds, more for fast calls. device: where the work is done."""
+    clock = own_clock(device)
+    synchronize(device)
     start = clock()
     for run in runs.values():
         run()
+    synchronize(device)
     once = clock() - start
-    return compare_latency(runs, rounds=min(41, max(9, round(seconds / max(once, 1e-3)))), warmup=1, clock=clock)
+    rounds = min(41, max(9, round(seconds / max(once, 1e-3))))
+    return compare_latency(runs, rounds=rounds, warmup=1, clock=clock, device=device)
 
 
 def first_token(part: Any) -> Any:

@@ -21,11 +21,24 @@ class Route(Enum):
     """The linear operation of oneDNN, with its own copy of the weight."""
     CSR = "torch.csr"
     """`torch.sparse` CSR times dense."""
+    COMPILED = "torch.compile"
+    """On an accelerator: `F.linear`, compiled."""
+    SEMI = "torch.2:4"
+    """On an accelerator: `torch.sparse.to_sparse_semi_structured`."""
+    BSR16 = "torch.bsr16"
+    """On an accelerator: Triton's product of a weight in blocks of 16x16; `BSR32` and `BSR64` have larger blocks."""
+    BSR32 = "torch.bsr32"
+    BSR64 = "torch.bsr64"
 
     @property
     def dense(self) -> bool:
         """Whether the operation multiplies the zeros."""
-        return self is not Route.CSR
+        return self in (Route.TORCH, Route.ONEDNN, Route.COMPILED)
+
+    @property
+    def portable(self) -> bool:
+        """Whether it is an operation of the CPU, which a saved model may name."""
+        return self in (Route.TORCH, Route.ONEDNN, Route.CSR)
 
 
 Choice = Route | Config
@@ -88,8 +101,20 @@ def is_few(choice: Choice) -> bool:
 def describe(choice: Choice) -> str:
     """A choice in a few words, for the record."""
     if isinstance(choice, Route):
-        return {Route.TORCH: "dense", Route.ONEDNN: "dense (oneDNN)", Route.CSR: "torch CSR"}[choice]
+        return _DESCRIBED[choice]
     return f"{choice.kind.value} {choice.precision.value}"
+
+
+_DESCRIBED = {
+    Route.TORCH: "dense",
+    Route.ONEDNN: "dense (oneDNN)",
+    Route.CSR: "torch CSR",
+    Route.COMPILED: "dense (compiled)",
+    Route.SEMI: "2:4",
+    Route.BSR16: "blocks of 16x16",
+    Route.BSR32: "blocks of 32x32",
+    Route.BSR64: "blocks of 64x64",
+}
 
 
 def to_json(choice: Choice) -> Any:
@@ -109,7 +134,10 @@ def from_json(data: Any) -> Choice:
     """The choice that `to_json` wrote. Errors: BadInput for anything else."""
     try:
         if isinstance(data, str):
-            return Route(data)
+            route = Route(data)
+            if not route.portable:
+                raise ValueError(f"{data!r} is an operation of an accelerator")
+            return route
         if not isinstance(data, Mapping):
             raise TypeError(f"a {type(data).__name__}")
         numbers = {name: _small(data[name]) for name in ("rows", "tile", "depth")}

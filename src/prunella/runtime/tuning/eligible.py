@@ -120,7 +120,9 @@ def bias_of(module: nn.Module) -> Tensor | None:
 def form_of(module: nn.Module, shape: Sequence[int]) -> LayerForm | str:
     """How a module reads its weight, from a run on an input of this shape; or why no kernel can compute it."""
     weight = weight_of(module)
-    x = torch.randn(*(min(size, 2) for size in shape[:1]), *shape[1:], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        *(min(size, 2) for size in shape[:1]), *shape[1:], generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     x, calls = x.to(weight.device, weight.dtype), _Calls()
     with seeded(None), torch.no_grad():
         try:

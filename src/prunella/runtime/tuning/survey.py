@@ -91,7 +91,7 @@ def _pattern(
     generator = torch.Generator().manual_seed(seed)
     tries = []
     for sparsity in sparsities:
-        weight = torch.randn(shape, generator=generator) * mask(shape, sparsity, generator)
+        weight = torch.randn(shape, generator=generator, device="cpu") * mask(shape, sparsity, generator)
         tuner = Tuner(Precision.FP32, seconds, seed)
         verdict = tuner.linear(weight, None, (Problem(tokens),))[0]
         if verdict.ratio is not None and verdict.best is not None:
@@ -101,14 +101,14 @@ def _pattern(
 
 
 def _scattered(shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator) >= sparsity
+    return torch.rand(shape, generator=generator, device="cpu") >= sparsity
 
 
 def _blocks(shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
-    rows = torch.rand((shape[0] // 16, shape[1]), generator=generator) >= sparsity
+    rows = torch.rand((shape[0] // 16, shape[1]), generator=generator, device="cpu") >= sparsity
     return rows.repeat_interleave(16, 0)
 
 
 def _two_of_four(shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
-    order = torch.rand((shape[0], shape[1] // 4, 4), generator=generator).argsort(-1)
+    order = torch.rand((shape[0], shape[1] // 4, 4), generator=generator, device="cpu").argsort(-1)
     return (order < 2).reshape(shape)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunella.errors import PruningError
 from prunella.measure.clock import now, since
 from prunella.measure.timing import Ratio, compare_latency, own_clock
+from prunella.model.device import synchronize
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
@@ -127,7 +128,7 @@ class Tuner:
 
 def cache_eviction(cache: int) -> Run:
     """A call that reads twice the size of the largest cache, so that nothing else stays in it."""
-    other = torch.ones(max(1, cache // 2))  # ones: all pages of zeros may be the same page
+    other = torch.ones(max(1, cache // 2), device="cpu")  # ones: all pages of zeros may be the same page
     return other.sum
 
 
@@ -204,7 +205,7 @@ def candidates(
     matrix = weight.detach().reshape(len(weight), -1)
     bias = None if bias is None else bias.detach()
     shape = problem.image or (problem.size, matrix.shape[1])
-    x = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator, device="cpu")
     if channels_last and geometry is not None:
         x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
     routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
@@ -225,7 +226,7 @@ def candidates(
 def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed: int) -> dict[Choice, Run]:
     """The dense candidates of a linear layer."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn((problem.size, weight.shape[1]), generator=generator)
+    x = torch.randn((problem.size, weight.shape[1]), generator=generator, device="cpu")
     return {choice: _call(choice, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
 
 
@@ -265,7 +266,7 @@ def _call_conv(
 ) -> Run:
     """A call of a convolution with what is fused: a dense one folds its batch norm, and adds and activates in place."""
     high, wide = geometry.positions((x.shape[2], x.shape[3]))
-    y = torch.ones(x.shape[0], len(weight), high, wide) if fused.residual else None
+    y = torch.ones(x.shape[0], len(weight), high, wide, device="cpu") if fused.residual else None
     residual = y if y is None or not is_channels_last(x) else y.contiguous(memory_format=torch.channels_last)
     norm = None if fused.norm is None else nn.BatchNorm2d(len(weight)).eval().requires_grad_(False)
     if choice is Route.TORCH:
@@ -318,14 +319,15 @@ def decide(
     seed: int,
     base: Callable[[Choice], bool] = is_dense,
     before: Callable[[Choice], object] | None = None,
+    device: str = "cpu",
 ) -> Verdict:
     """The fastest candidate. One that is not a base (by default, not dense) wins only if its whole interval is above 1.
 
     A screening drops slow candidates. The best base and the best of the others then run in interleaved rounds. before:
-    runs ahead of each call and is not timed.
+    runs ahead of each call and is not timed. device: where the work is done; the clock waits for it.
     """
     with torch.inference_mode():
-        times = screen(runs, seconds / 2, base, before)
+        times = screen(runs, seconds / 2, base, before, device)
         first = min((c for c in times if base(c)), key=times.__getitem__)
         rival = min((c for c in times if not base(c)), key=times.__getitem__, default=None)
         if rival is None or times[rival] > _CLOSE * times[first]:
@@ -335,7 +337,7 @@ def decide(
         before_name = None if before is None else lambda name: before(choices[name])
         round_seconds = times[first] + times[rival]
         if before is not None:
-            round_seconds += _seconds(before, first) + _seconds(before, rival)
+            round_seconds += _seconds(before, first, device) + _seconds(before, rival, device)
         least = _LEAST_ROUNDS if before is None else _EVICTING_ROUNDS  # times vary more if weights come from memory
         clear = times[first] > _CLOSE * times[rival]  # then few rounds are enough, unless the machine is busy
         rounds = (
@@ -343,7 +345,13 @@ def decide(
         )
         while True:
             ratio = compare_latency(
-                pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock(), before=before_name
+                pair,
+                rounds=rounds,
+                warmup=1,
+                seed=seed,
+                device=device,
+                clock=own_clock(device),
+                before=before_name,
             ).ratio
             if ratio.faster or ratio.value < _PROMISING or rounds == _MOST_ROUNDS:
                 break
@@ -351,11 +359,13 @@ def decide(
     return Verdict(problem, rival if ratio.faster else first, rival, ratio)
 
 
-def _seconds(before: Callable[[Choice], object], choice: Choice) -> float:
-    """Seconds of one call of `before`."""
-    clock = own_clock()
+def _seconds(call: Callable[[Choice], object], choice: Choice, device: str) -> float:
+    """Seconds of one call with the choice."""
+    clock = own_clock(device)
+    synchronize(device)
     start = clock()
-    before(choice)
+    call(choice)
+    synchronize(device)
     return clock() - start
 
 
@@ -364,16 +374,14 @@ def screen(
     seconds: float,
     base: Callable[[Choice], bool],
     before: Callable[[Choice], object] | None = None,
+    device: str = "cpu",
 ) -> dict[Choice, float]:
     """Seconds of the fastest call of each candidate, measured in turns; slow candidates get no further turns."""
-    clock = own_clock()
 
     def once(choice: Choice) -> float:
         if before is not None:
             before(choice)
-        start = clock()
-        runs[choice]()
-        return max(clock() - start, 1e-9)
+        return max(_seconds(lambda chosen: runs[chosen](), choice, device), 1e-9)
 
     times = {choice: min(once(choice), once(choice)) for choice in runs}
     start = now()

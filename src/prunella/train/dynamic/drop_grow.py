@@ -140,7 +140,11 @@ class DropGrow:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state for the next updates, as tensors: step, masks, weights ever active, averaged gradients."""
-        state = {"step": torch.tensor(self.taken), "due": torch.tensor(self._due), "start": torch.tensor(self._start)}
+        state = {
+            "step": torch.tensor(self.taken, device="cpu"),
+            "due": torch.tensor(self._due, device="cpu"),
+            "start": torch.tensor(self._start, device="cpu"),
+        }
         for parameter, name in self._names.items():
             state[f"bits.{name}"] = pack(self._masks[parameter]).bits
             state[f"seen.{name}"] = pack(self._seen[parameter]).bits
@@ -247,7 +251,11 @@ class DropGrow:
             return parameter.detach().flatten(1)
         name = self._names[parameter]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.taken} {name}".encode()))
-        return torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device).flatten(1)
+        return (
+            torch.rand(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+            .to(parameter.device)
+            .flatten(1)
+        )
 
     def _write(self, survivors: Mapping[nn.Parameter, Mask]) -> None:
         """Record the masks in the model; weights that did not survive become 0, with empty optimizer state."""

@@ -40,7 +40,7 @@ class EdgePopup(nn.Module):
         self.trained = trained
         self.kept = round(density * weight.numel())
         bound = 1 / math.sqrt(weight[0].numel())
-        scores = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+        scores = torch.empty(weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
         self.scores = nn.Parameter(scores.to(weight.device, weight.dtype))
 
     def forward(self, weight: Tensor) -> Tensor:

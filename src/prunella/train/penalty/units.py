@@ -171,7 +171,7 @@ def _units(
     members = [m for m in members if (m.entity, m.axis) not in scaled]
     if spared(graph, group, skip, only) or not members:
         return None
-    weights = torch.zeros(group.size, dtype=torch.long)
+    weights = torch.zeros(group.size, dtype=torch.long, device="cpu")
     for member in members:
         shape = graph.entities[member.entity].shape
         line = graph.numel(member.entity) // shape[member.axis]
