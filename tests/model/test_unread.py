@@ -6,6 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,13 @@ def test_a_small_value_is_copied_whoever_reads_it() -> None:
     net = Net(store()[:9])
     copy: Any = copied(net)
     assert not unread(net) and copy.store == net.store and copy.store is not net.store
+
+
+def test_a_configuration_with_many_names_is_copied() -> None:
+    """It is the smaller model's own: a change of it must not reach the dense model."""
+    net = Net(SimpleNamespace(width=8, labels={k: f"class {k}" for k in range(2 * MANY)}))
+    small: Any = pr.shrink(net, pr.plan(net, torch.randn(2, 4), remove={"first": [1]}))
+    assert (small.store.width, net.store.width) == (7, 8) and small.store.labels is not net.store.labels
 
 
 class Untouchable:

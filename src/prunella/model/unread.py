@@ -32,7 +32,9 @@ ELSEWHERE = (
 )
 """Types of objects that are no state of a model, of whatever size: data, training, process."""
 _LARGE = 500
-"""Most objects in a value that is always searched."""
+"""Most objects in a value that is always searched. Numbers and texts are not counted: a configuration is always
+searched, with however many names of classes."""
+_NUMBERS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules"})
 _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, type, Tensor, nn.Module, np.ndarray, np.generic),
@@ -87,7 +89,7 @@ def _is_large(value: object) -> bool:
             continue
         seen.add(id(part))
         for inner in parts_of(part):
-            count += 1
+            count += type(inner) not in _NUMBERS
             if count > _LARGE:
                 return True
             if not is_elsewhere(inner) and not isinstance(inner, _LEAVES):
