@@ -160,6 +160,25 @@ def test_a_configuration_with_many_names_is_copied() -> None:
     assert (small.store.width, net.store.width) == (7, 8) and small.store.labels is not net.store.labels
 
 
+def by_recursion(store: Any) -> Net:
+    net = Net(store)
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor, again: bool = True) -> Tensor:
+        return hook(module, inputs, output, False) if again else output + len(net.store)
+
+    net.second.register_forward_hook(hook)
+    return net
+
+
+def test_a_closure_that_refers_to_itself_is_followed_once() -> None:
+    assert not unread(by_recursion(store()))
+
+
+def test_the_graph_of_a_program_is_its_own() -> None:
+    program = torch.fx.symbolic_trace(nn.Sequential(*(nn.Linear(4, 4) for _ in range(40))))
+    assert not unread(program) and copied(program).graph is not program.graph
+
+
 class Untouchable:
     """An item that nobody may copy or look into."""
 

@@ -54,6 +54,8 @@ def unread(model: nn.Module) -> dict[int, Any]:
     names: dict[int, set[str]] = {}
     small = set[int]()
     for module in model.modules():
+        if type(module).__module__.startswith("torch."):  # such as a program, whose graph torch itself reads
+            continue
         for name, value in vars(module).items():
             leaf = type(value) in weakref.ProxyTypes or isinstance(value, _LEAVES)  # a dead proxy refuses `isinstance`
             if leaf or name in _MACHINERY or id(value) in small:
@@ -129,13 +131,19 @@ def _functions_in(value: object) -> Iterator[FunctionType]:
         yield from (function for access in (value.fget, value.fset) for function in _functions_in(access))
     if isinstance(value, FunctionType) and _is_own(value.__code__):
         yield value
-        for cell in value.__closure__ or ():
-            try:
-                yield from _functions_in(cell.cell_contents)
-            except ValueError:  # it is empty
-                continue
-    if not isinstance(value, FunctionType | type) and callable(getattr(value, "__wrapped__", None)):
-        yield from _functions_in(value.__wrapped__)  # type: ignore[attr-defined]
+    attributes = getattr(value, "__dict__", None)
+    wrapped = attributes.get("__wrapped__") if type(attributes) is dict else None  # of a cached function
+    if isinstance(wrapped, FunctionType) and _is_own(wrapped.__code__):
+        yield wrapped
+
+
+def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
+    """The functions in its closure, which may be itself."""
+    for cell in function.__closure__ or ():
+        try:
+            yield from _functions_in(cell.cell_contents)
+        except ValueError:  # it is empty
+            continue
 
 
 def _is_own(code: CodeType) -> bool:
@@ -155,6 +163,7 @@ def _names_in(classes: tuple[type, ...], functions: tuple[FunctionType, ...]) ->
         if function in done:
             continue
         done.add(function)
+        todo += _enclosed(function)
         for code in _codes(function.__code__):
             if code.co_name not in _OF_ATTRIBUTES and _computes_names(code):
                 return None
