@@ -40,7 +40,7 @@ _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, type, Tensor, nn.Module, np.ndarray, np.generic),
     *(torch.dtype, torch.device, torch.Size, torch.Generator, FunctionType, MethodType, BuiltinFunctionType),
 )
-_SEQUENCES = (list, tuple, set, frozenset, deque)
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
 
 
 def is_elsewhere(value: object) -> bool:
@@ -77,7 +77,7 @@ def parts_of(value: object) -> Iterator[Any]:
         yield from dict.values(value)
     for kind in _SEQUENCES:
         if isinstance(value, kind):
-            yield from kind.__iter__(value)  # type: ignore[attr-defined]
+            yield from kind.__iter__(value)
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is dict:
         yield from attributes.values()
