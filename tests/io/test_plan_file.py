@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunella.allocation import global_
 from prunella.errors import BadInput, RequestError
@@ -39,7 +39,7 @@ def make_plan() -> Plan:
         changes=Changes(
             cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
             attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
-            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])), Along("mean", 0, 1, torch.tensor([1]), 1)),
+            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])), Along("mean", 0, 1, torch.tensor([1]), 1, 3)),
             renumbered=(Renumbered((0,), ((1, 2),), torch.tensor([5, 6])),),
             dropped={"a.blocks": ("1", "4")},
             lists={("a", "scales"): (1, 4)},
@@ -98,6 +98,17 @@ def test_a_plan_of_one_example_is_read() -> None:
     (call,) = plan.changes.along
     assert (call.name, call.number, call.axis, call.example) == ("layer_norm", 0, 1, 0)
     assert plan.others == () and plan.inputs.shape == (2, 6) and len(call.kept) == 4  # type: ignore[union-attr]
+
+
+def test_a_plan_that_does_not_count_the_calls_of_a_run_is_read() -> None:
+    """Format 4."""
+    plan = load_plan(DATA / "format_4.plan")
+    (call,) = plan.changes.along
+    assert (call.name, call.number, call.example, call.calls) == ("layer_norm", 0, 0, 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)).eval()
+    small: Any = shrink(model, plan)
+    assert small[0].out_features == len(call.kept) == 4
 
 
 def test_the_same_plan_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:

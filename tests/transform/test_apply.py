@@ -255,3 +255,11 @@ def test_slicing_away_everything_masked_leaves_no_mask() -> None:
     apply_(net, hand_plan(cuts=cuts))
     net[3].weight, net[3].bias = nn.Parameter(net[3].weight.detach()[kept]), nn.Parameter(net[3].bias.detach()[kept])
     assert not masks_of(slice_masks_(net, cuts))
+
+
+def test_a_spectral_norm_in_training_mode_is_cut_as_it_is() -> None:
+    """Read in this mode it would take a step of its power iteration during the cut, in the smaller model alone."""
+    normed = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), normed, nn.ReLU(), nn.Linear(16, 3)).train()
+    small = pr.shrink(model, pr.plan(model, torch.randn(4, 8), target=pr.MACs(0.6)))
+    assert small.training and all(module.training for module in small.modules())

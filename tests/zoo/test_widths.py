@@ -246,6 +246,16 @@ def test_experts_go_with_their_columns_of_the_router() -> None:
     assert (wanted - model(**batch()).logits).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_experts_of_one_layer_go_alone(layer: int) -> None:
+    model = mixtral()
+    plan = pr.plan(
+        model, batch(), pr.Recipe(granularity=pr.Expert()), remove={f"model.layers.{layer}.mlp.gate": [1, 4]}
+    )
+    kept = [block.mlp.experts.num_experts for block in pr.shrink(model, plan).model.layers]
+    assert kept == ([4, 6] if layer == 0 else [6, 4])
+
+
 def _router_without(gate: Any, pruned: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.reshape(-1, hidden.shape[-1]) @ gate.weight.T

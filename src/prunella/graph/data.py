@@ -89,7 +89,7 @@ class UnitCall:
     """A call along an axis of units: the `number`-th call of `name` in a run.
 
     Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, or to none if `unit[i]` is -1.
-    example: the run in which it is counted, by the number of its example.
+    example: the run in which it is counted, by the number of its example. calls: how many calls of `name` this run has.
     """
 
     name: str
@@ -98,6 +98,7 @@ class UnitCall:
     group: str
     unit: Ints
     example: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ def sizes_in(value: object) -> tuple[int, ...]:
 
 def is_nested(value: object) -> bool:
     """Whether there is more than one plain list or tuple of integers to it."""
-    parts = list(value) if isinstance(value, list | tuple) else []
-    return isinstance(value, dict) or any(type(part) in _PLAIN for part in parts)
+    kind = type(value)  # a proxy of what is gone refuses `isinstance`
+    parts = list(value) if issubclass(kind, list | tuple) else []  # type: ignore[call-overload]
+    return issubclass(kind, dict) or any(type(part) in _PLAIN for part in parts)
 
 
 def content(value: object) -> tuple[int | str, ...]:

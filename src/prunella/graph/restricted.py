@@ -52,7 +52,7 @@ class Restricted(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _further(self, name: str, args: Any) -> Sequence[Along]:
-        """A call beyond those of the example, from a loop over a longer input; all recorded calls of the name agree."""
+        """A call beyond those of the example, from a loop over a longer input; all calls of the name there agree."""
         call = self.repeated.get(name)
         if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= max(0, _axis_of(call)):
             return ()
@@ -75,7 +75,7 @@ class Restricted(TorchFunctionMode):
 
 
 def _repeated(along: Sequence[Along]) -> dict[str, Along]:
-    """Name -> its call, if all recorded calls of the name are along the same positions."""
+    """Name -> its call, if all calls of the name in the run on the example are along the same positions."""
     calls: dict[str, list[Along]] = {}
     for call in along:
         calls.setdefault(call.name, []).append(call)
@@ -90,7 +90,7 @@ def _axis_of(call: Along) -> int:
 def _alike(calls: Sequence[Along]) -> bool:
     first, numbers = calls[0], sorted(call.number for call in calls)
     alike = all(_axis_of(call) == _axis_of(first) and torch.equal(call.kept, first.kept) for call in calls)
-    return alike and numbers == list(range(len(numbers)))
+    return alike and numbers == list(range(first.calls or len(numbers)))
 
 
 class _Narrowed(int):

@@ -24,9 +24,9 @@ from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
 from prunella.targets import parse_target
 
-VERSION = 4
+VERSION = 5
 """Version of the format. 1 and 2 are of prunella 0.1 and are read: 2 adds dropped blocks. 3 has one example and no
-caveats."""
+caveats. 4 does not store how many calls of a name a run has."""
 _FIRST_WITH_DIGEST = 3
 """Formats 1 and 2 had a digest of the tensors alone."""
 _KEY = "prunella.plan"
@@ -65,7 +65,7 @@ def _pack_changes(changes: Changes, packer: Packer) -> dict[str, Any]:
     return {
         "cuts": {name: {str(a): packer.tensor(i) for a, i in axes.items()} for name, axes in changes.cuts.items()},
         "attributes": [[owner, name, value] for (owner, name), value in changes.attributes.items()],
-        "along": [[c.name, c.number, c.axis, packer.tensor(c.kept), c.example] for c in changes.along],
+        "along": [[c.name, c.number, c.axis, packer.tensor(c.kept), c.example, c.calls] for c in changes.along],
         "renumbered": [
             [list(e.inputs), [list(o) for o in e.outputs], packer.tensor(e.kept)] for e in changes.renumbered
         ],
@@ -180,9 +180,9 @@ def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
 
 
 def _along(entry: list[Any], tensors: Mapping[str, Tensor]) -> Along:
-    """A restricted call; formats 1 to 3 store the calls of one example only."""
-    name, number, axis, kept, *example = entry
-    return Along(_text(name), int(number), int(axis), _positions(tensors[kept]), *map(int, example))
+    """A restricted call; formats 1 to 3 store the calls of one example only, format 4 not how many there are."""
+    name, number, axis, kept, *further = entry
+    return Along(_text(name), int(number), int(axis), _positions(tensors[kept]), *map(int, further))
 
 
 def _frozen(entry: Mapping[str, Any]) -> Frozen:

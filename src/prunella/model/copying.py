@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import socket
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported
 from prunella.model.trees import is_empty
+from prunella.model.unread import unread
 from prunella.model.unwrap import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 Memo = dict[int, Any]
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-_SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread, staticmethod, classmethod)
+_SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread, socket.socket, staticmethod, classmethod)
 """Types that a copy shares with the original: they represent unique objects outside the model."""
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
@@ -31,15 +34,16 @@ def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     """A copy of the bare model with its hooks, parametrizations, ties and training flags, and without `.grad`.
 
     Tensors that a forward pass stored on a module are copied without their history, and locks are replaced by new ones.
-    The copy shares open files, Python generators, Python modules and threads with the original. Also inside
-    `torch.inference_mode()` the copy has ordinary tensors, which can be trained.
+    The copy shares open files, Python generators, Python modules and threads with the original, and large values that
+    no forward pass reads, such as a dataset. Also inside `torch.inference_mode()` the copy has ordinary tensors, which
+    can be trained.
 
     shared: parameters and buffers that the copy shares with the original. Errors: NotSupported names the attribute that
     cannot be copied.
     """
     bare = cast(M, unwrap(model, computed=True))  # of the same type, unless it was wrapped
     memo: Memo = {id(tensor): tensor for tensor in shared}
-    memo |= _empty_copies(bare)
+    memo |= _empty_copies(bare) | unread(bare)
     with torch.inference_mode(False):
         try:
             return copy.deepcopy(bare, dict(memo))
@@ -74,6 +78,8 @@ def frozen_copy(model: M) -> M:
 
 def _substitute(value: Any) -> Any:
     """The substitute of a value that `copy.deepcopy` cannot copy; None for all other values."""
+    if type(value) in weakref.ProxyTypes:  # one of what is gone refuses every question
+        return value
     if isinstance(value, Tensor):
         return None if value.is_leaf else value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, torch.Generator):
@@ -90,11 +96,12 @@ def _reached(root: object) -> Iterator[object]:
     seen, stack = set[int](), [root]
     while stack:
         value = stack.pop()
-        if id(value) in seen or isinstance(value, _ATOMS):
+        proxy = type(value) in weakref.ProxyTypes
+        if id(value) in seen or (not proxy and isinstance(value, _ATOMS)):
             continue
         seen.add(id(value))
         yield value
-        if not isinstance(value, _SHARED):
+        if not proxy and not isinstance(value, _SHARED):
             stack.extend(_parts(value))
 
 

@@ -51,6 +51,17 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
 
 
 @contextmanager
+def evaluation_flags(model: nn.Module) -> Iterator[None]:
+    """Inside, no module is in training mode. The flags are set without `train()`, which may merge weights."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        _set_flags([(module, False) for module, _ in flags])
+        yield
+    finally:
+        _set_flags(flags)
+
+
+@contextmanager
 def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
     """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import enum
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, MutableMapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
+from prunella.model.executed import is_source
+from prunella.model.unread import is_elsewhere
 
 _ATOMS = (
     *(
@@ -40,6 +43,7 @@ _ATOMS = (
     *(np.ndarray, np.generic),
 )
 """Types without tensors inside; the tensors of a module are its own."""
+_SIMPLE = frozenset({type(None), bool, int, float, str})
 _PLAIN = frozenset({dict, list, tuple, set, frozenset})
 Done = dict[int, tuple[Any, Any]]
 
@@ -53,9 +57,20 @@ def tensors(tree: Any, *, consume: bool = False, without: Iterable[object] = ())
     consume: also consume iterators and generators. This runs them, so it is for the outputs of a model.
     without: objects that are not searched.
     """
-    collected: list[Tensor] = []
-    _collect(tree, collected, {id(value): value for value in without}, consume=consume, again=True)
-    return collected
+    walk = _Walk(partial(items, consume=consume), {id(value): value for value in without})
+    walk.collect(tree, again=True)
+    return walk.collected
+
+
+def stored_tensors(tree: Any) -> list[Tensor]:
+    """The tensors that an attribute holds, without running code of its classes and without objects of other worlds.
+
+    A container of a class that iterates by code of its own, such as a dataset that loads files, is searched by its
+    attributes.
+    """
+    walk = _Walk(_stored_items, {}, stored=True)
+    walk.collect(tree, again=True)
+    return walk.collected
 
 
 def is_empty(value: object) -> bool:
@@ -68,20 +83,34 @@ def first(tree: Any) -> Tensor | None:
     return next(iter(tensors(tree)), None)
 
 
-def _collect(value: Any, collected: list[Tensor], path: dict[int, Any], *, consume: bool, again: bool) -> None:
-    """path: the values around this one, and all objects so far. again: count a tensor also if it was reached before."""
-    if isinstance(value, Tensor) and (again or not any(value is tensor for tensor in collected)):
-        collected.append(value)
-    if isinstance(value, _ATOMS) or id(value) in path or (isinstance(value, Tensor) and not _noted(value)):
-        return
-    path[id(value)] = value  # which keeps its address in use
-    for item in items(value, consume=consume):
-        _collect(item, collected, path, consume=consume, again=again)
-    for item in attributes(value).values():
-        # A container may also store its items in attributes, and an object may be reached by several paths.
-        _collect(item, collected, path, consume=consume, again=False)
-    if type(value) in _PLAIN:
-        del path[id(value)]
+@dataclass
+class _Walk:
+    """path: the values around the present one, and all objects so far. stored: without objects of other worlds."""
+
+    items: Callable[[Any], list[Any]]
+    path: dict[int, Any]
+    stored: bool = False
+    collected: list[Tensor] = field(default_factory=list)
+    known: set[int] = field(default_factory=set)
+
+    def collect(self, value: Any, *, again: bool) -> None:
+        """again: count a tensor also if it was reached before."""
+        if self.stored and is_elsewhere(value):
+            return
+        if isinstance(value, Tensor) and (again or id(value) not in self.known):
+            self.known.add(id(value))
+            self.collected.append(value)
+        bare = isinstance(value, Tensor) and not _noted(value)
+        if bare or type(value) in _SIMPLE or id(value) in self.path or isinstance(value, _ATOMS):
+            return
+        self.path[id(value)] = value  # which keeps its address in use
+        for item in self.items(value):
+            self.collect(item, again=again)
+        for item in attributes(value).values():
+            # A container may also store its items in attributes, and an object may be reached by several paths.
+            self.collect(item, again=False)
+        if type(value) in _PLAIN:
+            del self.path[id(value)]
 
 
 def items(value: Any, *, consume: bool = False) -> list[Any]:
@@ -95,6 +124,18 @@ def items(value: Any, *, consume: bool = False) -> list[Any]:
     if isinstance(value, Iterator) and consume:
         return list(_taken(value))
     return _held(value)
+
+
+def _stored_items(value: Any) -> list[Any]:
+    """The same of plain containers and their subclasses, and of others without code of their own to iterate."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    kind = next((kind for kind in (list, tuple, deque) if isinstance(value, kind)), None)
+    if kind is not None:
+        return list(kind.__iter__(value))
+    methods = (getattr(type(value), name, None) for name in ("__iter__", "__getitem__", "__len__", "values"))
+    own = any(isinstance(method, FunctionType) and is_source(method.__code__.co_filename) for method in methods)
+    return [] if own else items(value)
 
 
 def attributes(value: Any) -> dict[str, Any]:

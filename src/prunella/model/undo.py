@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunella.model.beside import CONTAINERS, is_same, undo_numbers, values_beside
 from prunella.model.executed import is_source
 from prunella.model.trees import is_empty
+from prunella.model.unread import is_elsewhere, unread
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 
@@ -105,7 +106,7 @@ def _equal(tensor: Tensor, before: Tensor) -> bool:
 
 
 def attribute_undos(model: nn.Module) -> list[Undo]:
-    seen = set[int]()
+    seen = set(unread(model))
     undos = [_plain(vars(module), seen) for module in model.modules()]
     undos += undo_numbers(model)
     return [*undos, *(undo for value in values_beside(model) for undo in _undos_of(value, seen))]
@@ -138,7 +139,7 @@ def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
 
     Objects and containers in it are restored too, such as the dictionary of a cache.
     """
-    if type(value) in _ATOMS or id(value) in seen:
+    if type(value) in _ATOMS or id(value) in seen or is_elsewhere(value):
         return
     seen.add(id(value))
     contents: Iterable[Any] = ()

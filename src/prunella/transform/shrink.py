@@ -15,7 +15,7 @@ from prunella.graph.verify import check
 from prunella.model.copying import copied
 from prunella.model.device import check_float64
 from prunella.model.masks import slice_masks_
-from prunella.model.state import outside_inference
+from prunella.model.state import evaluation_flags, outside_inference
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
@@ -61,7 +61,8 @@ def _shrunk(model: nn.Module, plan: Plan, inputs: Inputs | Examples | None) -> n
     small = copied(dense)
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)
-    change_(small, plan.changes)
+    with evaluation_flags(small):  # a parametrization may change its buffers when it is read in training mode
+        change_(small, plan.changes)
     first, others = (plan.inputs, plan.others) if inputs is None else Examples.split(inputs)
     if plan.changes and first is not None:
         for number, example in enumerate((first, *others)):

@@ -22,7 +22,8 @@ Lists = Mapping[tuple[str, str], tuple[int, ...]]
 class Along:
     """The `number`-th call of `name` in a run, restricted to the positions `kept` on `axis` of its first tensor.
 
-    example: the run in which it is counted, by the number of its example.
+    example: the run in which it is counted, by the number of its example. calls: how many calls of `name` this run has;
+    0 in plans of older formats, which do not know it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Along:
     axis: int
     kept: Tensor
     example: int = 0
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
         mask = keep.get(run.group)
         if mask is not None and not bool(mask.all()):
             kept = (run.unit < 0) | mask.numpy()[run.unit]
-            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(kept)), run.example)
+            positions = torch.from_numpy(np.flatnonzero(kept))
+            yield Along(run.name, run.number, run.axis, positions, run.example, run.calls)
 
 
 def _shortened(graph: Graph, removed: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:

@@ -163,7 +163,8 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Un
         for k in np.unique(numbers.group[part]):
             if k >= 0:
                 unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
-                yield UnitCall(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
+                group, calls = numbers.groups[k].name, record.call_counts[run.example, run.name]
+                yield UnitCall(run.name, run.number, run.axis, group, unit, run.example, calls)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:

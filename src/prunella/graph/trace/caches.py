@@ -14,6 +14,7 @@ from torch.jit import ScriptFunction
 
 from prunella.graph.trace.tracked_int import Tracked
 from prunella.model.beside import beside
+from prunella.model.unread import is_elsewhere
 
 _CACHED = type(functools.lru_cache(len))
 _KINDS = frozenset({_CACHED, ScriptFunction, staticmethod, classmethod})
@@ -61,7 +62,12 @@ _searched: frozenset[str] = frozenset()
 
 
 def _is_own_object(value: object) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module) and not callable(value)
+    return (
+        not is_elsewhere(value)
+        and hasattr(value, "__dict__")
+        and not isinstance(value, type | ModuleType | nn.Module)
+        and not callable(value)
+    )
 
 
 def _hidden_in(holder: Any) -> list[tuple[str, Any]]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.recorder import Trace
-from prunella.model.trees import is_empty, tensors
+from prunella.model.trees import is_empty, stored_tensors
+from prunella.model.unread import unread
 
 if TYPE_CHECKING:
     from prunella.graph.trace.run import TracedRun
@@ -26,15 +27,16 @@ _ATOMS = frozenset({bool, int, str, float, type(None)})
 def kept_on(model: nn.Module) -> dict[str, Tensor]:
     """Name -> tensor, of all tensors in plain attributes of modules and in objects that their hooks refer to.
 
-    A name is `path.attribute`, with a number where the attribute holds several tensors.
+    A name is `path.attribute`, with a number where the attribute holds several tensors. Without what no forward pass
+    reads: see `unread`.
     """
     named: dict[str, Tensor] = {}
-    without: set[int] = set()  # values without tensors, such as a configuration that all modules share
+    without = set(unread(model))  # and values without tensors, such as a configuration that all modules share
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if type(value) in _ATOMS or name in _OWN or is_empty(value) or id(value) in without:
                 continue
-            inside = tensors(value)
+            inside = stored_tensors(value)
             if not inside:
                 without.add(id(value))
             for number, tensor in enumerate(inside):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunella.graph.data import Setting
 from prunella.graph.trace.tracked_int import bare, holder, holders, space_of
 from prunella.model.beside import NUMBERS, beside
+from prunella.model.unread import is_elsewhere
 
 _MACHINERY = frozenset({"_parameters", "_modules", "training"})
 _CONTAINERS = (dict, list, set, deque)
@@ -45,7 +46,7 @@ class Snapshot:
         for (owner, space), before in zip(self._spaces, self._before, strict=True):
             for name, value in list(space.items()):
                 old = before.get(name, _MISSING)
-                if name not in _MACHINERY and _differs(old, value):
+                if name not in _MACHINERY and not is_elsewhere(value) and _differs(old, value):
                     changes.append(KeptChange(owner, name, bare(value) if isinstance(value, NUMBERS) else None))
         return changes
 
@@ -73,7 +74,8 @@ def _spaces(model: nn.Module) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
 
 def _values(space: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> the value, or a copy of its content; for a tensor its version counter."""
-    return {name: _noted(value) for name, value in space.items() if name not in _MACHINERY}
+    kept = ((name, value) for name, value in space.items() if name not in _MACHINERY and not is_elsewhere(value))
+    return {name: _noted(value) for name, value in kept}
 
 
 def _noted(value: Any) -> Any:

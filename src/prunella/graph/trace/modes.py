@@ -82,6 +82,7 @@ class Calls(TorchFunctionMode):
         if in_script():
             return -1
         self.count[name] += 1
+        self.trace.call_counts[self.trace.example, name] = self.count[name]
         return self.count[name] - 1
 
     def _relate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,6 +140,8 @@ class Trace:
     decisions: list[tuple[SizeComparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    call_counts: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Number of an example and name -> how many calls of this name the run on the example has."""
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Integer tensors that index the positions of an axis -> labels of this axis."""
     given: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prunella.graph.nested_sizes import changed, is_nested, sizes_in
 from prunella.graph.solve.labels import Dim
+from prunella.model.unread import is_elsewhere, unread
 
 
 @dataclass(frozen=True)
@@ -284,10 +285,12 @@ def _has_slots(value: object) -> bool:
 
 def holders(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
     """Every space of attributes with sizes: those of modules and of their plain configuration objects."""
-    seen: set[int] = set()
+    seen = set(unread(model))
     for path, module in model.named_modules():
         yield path, vars(module)
         for name, value in vars(module).copy().items():
+            if is_elsewhere(value):
+                continue
             plain_object = hasattr(value, "__dict__") or _has_slots(value)
             excluded = isinstance(value, nn.Module | Tensor | type) or callable(value) or not plain_object
             if excluded or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
