@@ -14,7 +14,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import BadInput
-from prunella.experiments.pareto_experiment import PAGE, RATIOS, ParetoExperiment, pareto
+from prunella.experiments.pareto_experiment import PAGE, RATIOS, RECORD, ParetoExperiment, pareto
 from prunella.io.journal import NAME
 from prunella.planning.recipes import named
 from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarize
@@ -213,3 +213,16 @@ def test_the_model_of_every_seed_counts(tmp_path: Path) -> None:
         parts.MOVED.clear()
         module._dense.cache_clear()
     assert records(tmp_path / "run") == before + before // 2  # the cells of the second seed alone
+
+
+def test_cells_of_another_experiment_stay_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each cell has its own identity; the page and the record are those of the last call."""
+    monkeypatch.chdir(tmp_path)
+    other = replace(EXPERIMENT, evaluate=parts.slow)
+    ours, both = tmp_path / "ours", tmp_path / "both"
+    pareto(EXPERIMENT, ours, ratios=(2,), seeds=(0,))
+    pareto(other, both, ratios=(2,), seeds=(0,))
+    count = records(both)
+    pareto(EXPERIMENT, both, ratios=(2,), seeds=(0,))
+    assert all((ours / name).read_bytes() == (both / name).read_bytes() for name in (RECORD, PAGE))
+    assert records(both) == count + records(ours)

@@ -83,6 +83,17 @@ def test_a_file_that_names_nobody_holds_nothing(tmp_path: Path, text: str) -> No
         pass
 
 
+def test_a_lock_that_is_a_link_empties_nothing(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years")
+    lock_file(tmp_path / "out").symlink_to(thesis)
+    lock_file(tmp_path / "other").symlink_to("nowhere")
+    for name in ("out", "other"):
+        with pytest.raises(RequestError, match=r"\.lock is a link"), locked(tmp_path / name):
+            pass
+    assert thesis.read_text() == "years" and not (tmp_path / "nowhere").exists()
+
+
 def test_a_lock_of_another_machine_is_not_taken_over(tmp_path: Path) -> None:
     file = lock_file(tmp_path / "out")
     file.write_text(Holder(7, "elsewhere", 1.7e9).text())

@@ -29,6 +29,8 @@ else:
 
 _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+"""Bytes as they are, on Windows; and of this name alone, on POSIX."""
 _FAR = 1 << 20
 """The byte that Windows locks: behind the text, which other processes have to read."""
 
@@ -104,6 +106,9 @@ def _take(file: Path) -> _Held:
     """Open and lock the file, and write the holder to it."""
     me = Holder(os.getpid(), socket.gethostname(), timestamp())
     try:
+        if file.is_symlink():  # its target may be anything, and would be emptied
+            todo = "remove it, or choose another name"
+            raise RequestError(f"cannot write {_locked_path(file)}", f"its lock {file} is a link", todo)
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(file)
         try:
@@ -122,7 +127,7 @@ def _take(file: Path) -> _Held:
 def _opened(file: Path) -> int:
     """A handle of the lock file with the lock. Errors: Locked."""
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | _PLAIN, 0o666)
         try:
             shared = _lock(handle)
             before = _read(handle)
