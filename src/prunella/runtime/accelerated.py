@@ -35,6 +35,8 @@ class AcceleratedLinear(nn.Module):
     It keeps its dense weight, from which the operands are packed at their first use and whenever it has changed.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, *, table: Table) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
