@@ -19,7 +19,7 @@ from prunella.measure.clock import fake_clock
 from prunella.runtime import accelerated
 from prunella.runtime.accelerated import AcceleratedLinear
 from prunella.runtime.kernels import accelerator
-from prunella.runtime.kernels.accelerator import Kernel, block_density, is_two_of_four, kernels_of
+from prunella.runtime.kernels.accelerator import AcceleratorKernel, block_density, is_two_of_four, kernels_of
 from prunella.runtime.record import Sparsified
 from prunella.runtime.tuning.choice import Route, Table, describe, from_json
 from tests.devices.second import DEVICE, far, move_, near, second_device
@@ -53,13 +53,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         machine.work(Route.TORCH, x.numel() // x.shape[-1])
         return PLAIN_LINEAR(x, weight, bias)
 
-    def kernel(route: Route, applies: Callable[[Tensor], bool]) -> Kernel:
+    def kernel(route: Route, applies: Callable[[Tensor], bool]) -> AcceleratorKernel:
         def linear(x: Tensor, packed: Any, bias: Tensor | None) -> Tensor:
             machine.work(route, x.numel() // x.shape[-1])
             assert isinstance(packed, dict)
             return PLAIN_LINEAR(x, packed["weight"], bias)
 
-        return Kernel(applies, lambda weight: {"weight": weight.clone()}, linear)
+        return AcceleratorKernel(applies, lambda weight: {"weight": weight.clone()}, linear)
 
     there = {
         Route.COMPILED: kernel(Route.COMPILED, lambda weight: True),
@@ -67,7 +67,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         Route.BSR16: kernel(Route.BSR16, lambda weight: block_density(weight, 16) <= accelerator.MOST_BLOCKS),
     }
 
-    def kernels(device: torch.device) -> dict[Route, Kernel]:
+    def kernels(device: torch.device) -> dict[Route, AcceleratorKernel]:
         return machine.kernels if device.type == DEVICE.type else {}
 
     machine.kernels = there  # type: ignore[attr-defined]

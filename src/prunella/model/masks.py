@@ -181,10 +181,10 @@ def copy_masks_(source: nn.Module, target: M) -> M:
     Example:
 
         >>> import torch, prunella as pr
-        >>> import copy
+        >>> from copy import deepcopy
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.randn(6, 4)
-        >>> average = copy.deepcopy(model)
+        >>> average = deepcopy(model)
         >>> masked = pr.apply_(model, pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
         >>> sorted(pr.masks_of(pr.transform.copy_masks_(masked, average)))
         ['0.weight', '2.weight']

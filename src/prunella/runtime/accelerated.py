@@ -15,7 +15,7 @@ from prunella.graph.verify import relative_error
 from prunella.model.device import device_name, devices_of, short_of_memory
 from prunella.runtime.assemble import MIN_SPARSITY, Forms, put
 from prunella.runtime.fx.fuse import has_hooks
-from prunella.runtime.kernels.accelerator import Kernel, kernels_of
+from prunella.runtime.kernels.accelerator import AcceleratorKernel, kernels_of
 from prunella.runtime.kernels.config import Precision
 from prunella.runtime.record import Environment, LayerRecord, why_not_faster
 from prunella.runtime.tuning.choice import Choice, Problem, Route, Table, is_dense
@@ -58,7 +58,7 @@ class AcceleratedLinear(nn.Module):
         kind = x.device.type
         return alike and not grads and not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
 
-    def _operand(self, choice: Choice, kernel: Kernel) -> Any:
+    def _operand(self, choice: Choice, kernel: AcceleratorKernel) -> Any:
         state = self.weight.data_ptr(), self.weight._version
         if choice not in self._packed or self._packed[choice][0] != state:
             with torch.inference_mode(False), torch.no_grad():
@@ -83,7 +83,9 @@ class AcceleratorTuner:
     evict: Callable[[Choice], object] | None = None
     known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
 
-    def linear(self, weight: Tensor, bias: Tensor | None, routes: Mapping[Route, Kernel], problem: Problem) -> Verdict:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None, routes: Mapping[Route, AcceleratorKernel], problem: Problem
+    ) -> Verdict:
         """The verdict on a linear layer for one number of tokens."""
         shape = (tuple(weight.shape), weight.dtype, weight.device, bias is None)
         key = (*shape, round(density(weight), 2), tuple(routes), problem)
@@ -94,7 +96,7 @@ class AcceleratorTuner:
         return self.known[key]
 
     def _runs(
-        self, weight: Tensor, bias: Tensor | None, routes: Mapping[Route, Kernel], problem: Problem
+        self, weight: Tensor, bias: Tensor | None, routes: Mapping[Route, AcceleratorKernel], problem: Problem
     ) -> dict[Choice, Run]:
         """Choice -> a call of the layer on noise. A kernel that fails, or differs from dense code, is left out."""
         generator = torch.Generator().manual_seed(self.seed)

@@ -26,7 +26,7 @@ _TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Kernel:
+class AcceleratorKernel:
     """One way to multiply.
 
     applies: to a matrix `(out, in)`, by its zeros. pack: its operand. linear: of an input, the operand and a bias.
@@ -100,13 +100,16 @@ def _whole(matrix: Tensor) -> Tensor:
 
 
 BLOCKS = {Route.BSR16: 16, Route.BSR32: 32, Route.BSR64: 64}
-_CUDA: Mapping[Route, Kernel] = {
-    Route.COMPILED: Kernel(lambda matrix: True, _whole, _compiled_linear),
-    Route.SEMI: Kernel(_fits_two_of_four, _two_of_four, functional.linear),
-    **{route: Kernel(partial(_fits_blocks, b), partial(_in_blocks, b), _block_linear) for route, b in BLOCKS.items()},
+_CUDA: Mapping[Route, AcceleratorKernel] = {
+    Route.COMPILED: AcceleratorKernel(lambda matrix: True, _whole, _compiled_linear),
+    Route.SEMI: AcceleratorKernel(_fits_two_of_four, _two_of_four, functional.linear),
+    **{
+        route: AcceleratorKernel(partial(_fits_blocks, b), partial(_in_blocks, b), _block_linear)
+        for route, b in BLOCKS.items()
+    },
 }
 
 
-def kernels_of(device: torch.device) -> Mapping[Route, Kernel]:
+def kernels_of(device: torch.device) -> Mapping[Route, AcceleratorKernel]:
     """The kernels for a type of device, beside dense code; empty if there are none."""
     return _CUDA if device.type == "cuda" and torch.version.cuda is not None else {}
