@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +112,78 @@ def by_own_forward(store: Any) -> Net:
     return net
 
 
+class Reader:
+    """Knows the network that holds it, and reads from it."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: Net) -> None:
+        self.owner = owner
+
+    def read(self) -> int:
+        return self.amount()
+
+    def amount(self) -> int:
+        return len(self.owner.store)
+
+
+class ByReader(Net):
+    """Its reader is somewhere in an attribute: the code of the forward pass names neither its class nor `store`."""
+
+    reader: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.taken()
+
+    def taken(self) -> int:
+        return int(self.reader())
+
+
+class Deep:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self) -> int:
+        return int(self.inner["at"][0].inner.read())
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+def by_deep_object(store: Any) -> Net:
+    net = ByReader(store)
+    net.reader = Deep({"at": [Deep(Reader(net))]})
+    return net
+
+
+def by_slots(store: Any) -> Net:
+    net = ByReader(store)
+    net.reader = Deep({"at": [Slotted(Reader(net))]})
+    return net
+
+
+def by_bound_method(store: Any) -> Net:
+    net = ByReader(store)
+    net.reader = Reader(net).read
+    return net
+
+
+def by_closure(store: Any) -> Net:
+    net = ByReader(store)
+    reader = Reader(net)
+    net.second.register_forward_hook(lambda module, inputs, output: output + reader.read())
+    net.reader = int
+    return net
+
+
 READ: list[Callable[[Any], Net]] = [
+    by_deep_object,
+    by_slots,
+    by_bound_method,
     Direct,
     ByMethod,
     ByText,
@@ -137,6 +209,40 @@ def test_what_a_forward_pass_reads_is_searched_and_copied(make: Callable[[Any], 
         net.store[3]["number"] = -1
         net.store.append({})
     assert net.store == store()
+
+
+def test_an_object_in_a_closure_may_read_what_its_function_does_not_name() -> None:
+    assert not unread(by_closure(store()))
+
+
+def helped(net: Net, x: Tensor) -> Tensor:
+    return x
+
+
+class Changing(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return helped(self, super().forward(x))
+
+
+def test_code_that_is_replaced_later_is_read_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of the class, or a function of its file, as in a notebook: nothing of an earlier look is believed."""
+    net = Changing(store())
+    assert unread(net)
+    with monkeypatch.context() as patched:
+        patched.setattr(Changing, "forward", Direct.forward)
+        assert not unread(net)
+    assert unread(net)
+    monkeypatch.setitem(globals(), "helped", lambda net, x: x + len(net.store))
+    assert not unread(net)
+
+
+def test_a_look_keeps_no_model_alive() -> None:
+    net = by_hook(store())
+    unread(net)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_no_forward_pass_reads_is_shared() -> None:

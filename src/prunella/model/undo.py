@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
-from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunella.model.beside import CONTAINERS, is_same, undo_numbers, values_beside
 from prunella.model.executed import is_source
 from prunella.model.trees import is_empty
-from prunella.model.unread import is_elsewhere, unread
+from prunella.model.unread import is_elsewhere, slots_of, unread
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 
@@ -169,11 +169,8 @@ _DEPTH = 3
 
 def _slots_of(value: object) -> dict[str, Any]:
     """The values in the `__slots__` of an object of a user's class."""
-    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
-    if not kinds or isinstance(value, Tensor | ModuleType) or not is_source(_file_of(type(value))):
-        return {}
-    names = [name for kind in kinds for name, entry in vars(kind).items() if isinstance(entry, MemberDescriptorType)]
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    plain = isinstance(value, Tensor | ModuleType) or not is_source(_file_of(type(value)))
+    return {} if plain else slots_of(value)
 
 
 def _file_of(kind: type) -> str:

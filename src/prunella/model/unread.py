@@ -12,9 +12,20 @@ import subprocess
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType, TracebackType
+from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
+from functools import partial
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    TracebackType,
+)
 from typing import Any
 
 import numpy as np
@@ -81,6 +92,18 @@ def parts_of(value: object) -> Iterator[Any]:
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is dict:
         yield from attributes.values()
+    yield from slots_of(value).values()
+
+
+def slots_of(value: object) -> dict[str, Any]:
+    """The values in the `__slots__` of an object, read without running code of its class."""
+    values: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        for name, entry in vars(kind).items() if "__slots__" in vars(kind) else ():
+            if isinstance(entry, MemberDescriptorType):
+                with suppress(AttributeError):  # it is not set
+                    values.setdefault(name, entry.__get__(value))
+    return values
 
 
 def _is_large(value: object) -> bool:
@@ -103,20 +126,49 @@ def _read_by(model: nn.Module) -> frozenset[str] | None:
     """The names in the code that a forward pass may run; None if it may also read attributes by computed names."""
     classes: dict[type, None] = {}
     functions: dict[FunctionType, None] = {}
+    for part in _hanging_on(model):
+        functions.update(dict.fromkeys(_functions_in(part)))
+        if isinstance(part, nn.Module) or not isinstance(part, _LEAVES):
+            classes[type(part)] = None
+    return _names_in(classes, functions)
+
+
+def _hanging_on(model: nn.Module) -> Iterator[Any]:
+    """The modules, and what is reached from their attributes: of each attribute the nearest `_LARGE` objects."""
+    seen = {id(module) for module in model.modules()}
     for module in model.modules():
-        classes[type(module)] = None
-        for name, value in vars(module).items():
-            if type(value) in weakref.ProxyTypes or name in _MACHINERY or isinstance(value, Tensor | nn.Module):
-                continue
-            for part in (part for part in (value, *_first(parts_of(value))) if type(part) not in weakref.ProxyTypes):
-                functions.update(dict.fromkeys(_functions_in(part)))
-                if not isinstance(part, _LEAVES):
-                    classes[type(part)] = None
-    return _names_in(tuple(classes), tuple(functions))
+        yield module
+        for value in (value for name, value in vars(module).items() if name not in _MACHINERY):
+            todo, left = deque([value]), _LARGE
+            while todo and left:
+                part = todo.popleft()
+                if type(part) in _NUMBERS or id(part) in seen or is_elsewhere(part):
+                    continue
+                seen.add(id(part))
+                left -= 1
+                yield part
+                todo.extend(_held_by(part))
 
 
-def _first(parts: Iterable[Any]) -> Iterator[Any]:
-    yield from (part for _, part in zip(range(_LARGE), parts, strict=False))
+def _held_by(value: object) -> Iterator[Any]:
+    """The parts of a value, and the objects that a function, a method or a partial call holds."""
+    if isinstance(value, FunctionType):
+        yield from (content for cell in value.__closure__ or () for content in _content_of(cell))
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif not isinstance(value, _LEAVES):
+        yield from parts_of(value)
+
+
+def _content_of(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # it is empty
+        return []
 
 
 def _functions_in(value: object) -> Iterator[FunctionType]:
@@ -140,10 +192,7 @@ def _functions_in(value: object) -> Iterator[FunctionType]:
 def _enclosed(function: FunctionType) -> Iterator[FunctionType]:
     """The functions in its closure, which may be itself."""
     for cell in function.__closure__ or ():
-        try:
-            yield from _functions_in(cell.cell_contents)
-        except ValueError:  # it is empty
-            continue
+        yield from (inner for content in _content_of(cell) for inner in _functions_in(content))
 
 
 def _is_own(code: CodeType) -> bool:
@@ -152,9 +201,12 @@ def _is_own(code: CodeType) -> bool:
     return is_source(path) or (path.startswith("<") and not path.startswith("<frozen"))
 
 
-@lru_cache(maxsize=16)
-def _names_in(classes: tuple[type, ...], functions: tuple[FunctionType, ...]) -> frozenset[str] | None:
-    """The names in these functions, in the methods that run unnamed, and in all functions of a name that is read."""
+def _names_in(classes: Iterable[type], functions: Iterable[FunctionType]) -> frozenset[str] | None:
+    """The names in these functions, in the methods that run unnamed, and in all functions of a name that is read.
+
+    It is found anew each time: a class, a file or a closure may have another function by now.
+    """
+    known = {base for kind in classes for base in kind.__mro__}
     methods = _methods_of(classes)
     todo = [*functions, *(method for name in methods if _runs_unnamed(name) for method in methods[name])]
     done, names = set[FunctionType](), set[str]()
@@ -165,14 +217,25 @@ def _names_in(classes: tuple[type, ...], functions: tuple[FunctionType, ...]) ->
         done.add(function)
         todo += _enclosed(function)
         for code in _codes(function.__code__):
-            if code.co_name not in _OF_ATTRIBUTES and _computes_names(code):
+            new = _names_of(code)
+            if new is None:
                 return None
-            texts = (constant for constant in code.co_consts if isinstance(constant, str))
-            new = {*code.co_names, *texts}
             names |= new
             todo += (method for name in new for method in methods.get(name, ()))
-            todo += _named_outside(function.__globals__, code.co_names, classes)
+            todo += _named_outside(function.__globals__, code.co_names, known)
     return frozenset(names)
+
+
+def _names_of(code: CodeType) -> frozenset[str] | None:
+    """The names and texts in code; None if it computes names. A code never changes, so that each is read once."""
+    if code not in _read_codes:
+        texts = (constant for constant in code.co_consts if isinstance(constant, str))
+        computed = code.co_name not in _OF_ATTRIBUTES and _computes_names(code)
+        _read_codes[code] = None if computed else frozenset([*code.co_names, *texts])
+    return _read_codes[code]
+
+
+_read_codes: weakref.WeakKeyDictionary[CodeType, frozenset[str] | None] = weakref.WeakKeyDictionary()
 
 
 def _methods_of(classes: Iterable[type]) -> dict[str, list[FunctionType]]:
@@ -184,19 +247,14 @@ def _methods_of(classes: Iterable[type]) -> dict[str, list[FunctionType]]:
     return methods
 
 
-def _named_outside(space: dict[str, Any], names: Iterable[str], known: Iterable[type]) -> Iterator[FunctionType]:
+def _named_outside(space: dict[str, Any], names: Iterable[str], known: Set[type]) -> Iterator[FunctionType]:
     """The functions that names refer to in a file, in the files that it names, and in classes that it names."""
     values = [space[name] for name in names if name in space]
     files = [vars(value) for value in values if isinstance(value, ModuleType)]
     for value in (*values, *(file[name] for file in files for name in names if name in file)):
         yield from _functions_in(value)
-        if isinstance(value, type) and value not in _bases(tuple(known)):
+        if isinstance(value, type) and value not in known:
             yield from (function for entry in vars(value).values() for function in _functions_in(entry))
-
-
-@lru_cache(maxsize=16)
-def _bases(kinds: tuple[type, ...]) -> frozenset[type]:
-    return frozenset(base for kind in kinds for base in kind.__mro__)
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
