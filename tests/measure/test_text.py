@@ -67,6 +67,8 @@ def test_the_other_numbers() -> None:
     assert text.exact_count(11_689_512) == "11,689,512"
     assert [text.significant(x) for x in (0.91324, 3.0, math.nan)] == ["0.9132", "3", "–"]
     assert [text.duration(x) for x in (0.01234, 0.9999, 2.5, math.nan)] == ["12.3 ms", "1 s", "2.5 s", "–"]
+    assert [text.duration(x) for x in (119, 120, 7199, 7200)] == ["119 s", "2 min", "120 min", "2 h"]
+    assert [text.duration(x) for x in (172_799, 172_800, 2.86e6)] == ["48 h", "2 days", "33.1 days"]
     assert (text.ratio(1.618), text.percent(0.4909), text.percent(0.4909, 2)) == ("1.62x", "49.1%", "49.09%")
     assert (text.interval(0.951, 1.06, ".2f"), text.interval(1, 2.5)) == ("[0.95, 1.06]", "[1, 2.5]")
     assert (text.spread(3, 2.64575), text.spread(3, math.nan)) == ("3 ± 2.6", "3")

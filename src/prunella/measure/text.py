@@ -100,10 +100,16 @@ def byte_size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`12.3 ms` below a second, else `2.5 s`."""
+    """`12.3 ms` below a second, `2.5 s`; from two of them on in the next unit: `5 min`, `33.1 h`, `33.1 days`."""
     if not math.isfinite(seconds):
         return MISSING
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    unit, size = next(((unit, size) for unit, size in _LONG if seconds >= 2 * size), ("s", 1))
+    return f"{seconds / size:.3g} {unit}"
+
+
+_LONG = (("days", 86_400), ("h", 3600), ("min", 60))
 
 
 def ratio(value: float) -> str:

@@ -32,7 +32,8 @@ _NO_PATTERN = "its zeros have no pattern that a kernel of the device skips: 2:4 
 class AcceleratedLinear(nn.Module):
     """A linear layer that picks its operation by the number of tokens; dense wherever the others do not apply.
 
-    It keeps its dense weight, from which the operands are packed at their first use and whenever it has changed.
+    It keeps its dense weight, from which the operands are packed at their first use and whenever it has changed. torch
+    does not count writes through `weight.data`: after one, convert the model again.
     """
 
     bias: nn.Parameter | None

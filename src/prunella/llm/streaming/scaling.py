@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -193,7 +193,7 @@ def _row(run: StreamingRun, groups: Mapping[str, Sequence[InputGroup]], costs: U
         # A pass for the inputs of each group ends at its layers: half of the block. One more gives the next inputs.
         seconds += costs.multiply * tokens * macs * (len(some) / 2 + 1)
         seconds += costs.multiply * tokens * sum(g.share * columns**2 for g in some for columns in g.grams)
-    return RankForecast(count, row.peak, row.read, row.written, row.reduced, row.sent, seconds)
+    return replace(row, seconds=seconds)
 
 
 def _inside(run: StreamingRun) -> list[str]:
