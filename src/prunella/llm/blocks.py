@@ -11,6 +11,7 @@ and gives the same inputs.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -59,27 +60,42 @@ class BlockCall:
         return self.with_hidden_states(self.hidden_states.new_empty(0))
 
 
-class OnHost(Sequence[Tensor]):
-    """Hidden states in the memory of the CPU; each is back on its own device while it is used."""
+class StoredTensors(Sequence[Tensor]):
+    """Tensors that are elsewhere, and come back one by one when they are indexed."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._places: list[torch.device] = []
-        self._kept: list[Tensor] = []
-        for tensor in tensors:  # one by one: the next is computed after this one has left its device
-            self._places.append(tensor.device)
-            self._kept.append(tensor.detach().cpu())
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    @abstractmethod
+    def read(self, k: int) -> Tensor:
+        """The tensor of this number."""
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return self._count
 
     @overload
     def __getitem__(self, k: int) -> Tensor: ...
     @overload
     def __getitem__(self, k: slice) -> list[Tensor]: ...
     def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(k, slice):
-            return [self[n] for n in range(*k.indices(len(self)))]
-        return self._kept[k].to(self._places[k])
+        numbers = range(self._count)[k]  # IndexError beyond the last, and negative numbers from the end
+        return self.read(numbers) if isinstance(numbers, int) else [self.read(n) for n in numbers]
+
+
+class OnHost(StoredTensors):
+    """Hidden states in the memory of the CPU; each is back on its own device while it is used."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._kept = list(map(_on_host, tensors))  # one by one: no name holds the last while the next is computed
+        super().__init__(len(self._kept))
+
+    def read(self, k: int) -> Tensor:
+        tensor, device = self._kept[k]
+        return tensor.to(device)
+
+
+def _on_host(tensor: Tensor) -> tuple[Tensor, torch.device]:
+    return tensor.detach().cpu(), tensor.device
 
 
 class BlockCalls(Sequence[BlockCall]):

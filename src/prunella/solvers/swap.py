@@ -55,35 +55,44 @@ def swap(
     if steps < 1 or (start is not None and start.shape != weight.shape):
         why = "steps is at least 1, and a mask has the shape (out, in) of the weight"
         raise RequestError(f"swap cannot use steps={steps} or this mask", why, "use steps=50")
-    rows, cols = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, 1)
-    tiles, inputs = _tiles(weight.double(), rows, cols), _striped(gram.double(), cols)
     scores = weight.double().abs() * gram.double().diagonal().clamp_min(0).sqrt()
     mask = project(scores, pattern, sparsity) if start is None else start
-    kept = _tiles(mask, rows, cols).any(3).any(1)
-    if not torch.equal(_expanded(kept, pattern, mask), mask):
-        raise RequestError("the initial mask splits blocks", f"the pattern is {pattern}", "pass a mask of this pattern")
+    rows, cols = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, 1)
+    tiles, inputs = _tiles(weight.double(), rows, cols), _striped(gram.double(), cols)
+    kept = _kept_blocks(mask, pattern, rows, cols)
     energy = torch.einsum("irja,jab,irjb->ij", tiles, _corners(inputs), tiles)
     min_gain = MIN_GAIN * (_gram_product(tiles, inputs) * tiles).sum((1, 2, 3))
     products = _gram_product(tiles * ~kept[:, None, :, None], inputs)
     for _ in range(steps):
-        cross = 2 * (tiles * products).sum((1, 3))
-        restore, remove = (energy - cross).masked_fill(kept, torch.inf), (energy + cross).masked_fill(~kept, torch.inf)
-        restored, removed, change = (
-            _in_groups(tiles[:, 0, :, 0], inputs[:, 0], restore, remove, pattern)
-            if isinstance(pattern, NM)
-            else _in_rows(tiles, inputs, restore, remove)
-        )
+        restored, removed, change = _best_exchange(tiles, inputs, products, energy, kept, pattern)
         changed = (change < -min_gain).nonzero()[:, 0]
         if not len(changed):
             break
         restored, removed = restored[changed], removed[changed]
         kept[changed, restored], kept[changed, removed] = True, False
-        products[changed] += (
-            tiles[changed, :, removed] @ inputs[removed] - tiles[changed, :, restored] @ inputs[restored]
-        ).view_as(products[changed])
+        gone, back = tiles[changed, :, removed] @ inputs[removed], tiles[changed, :, restored] @ inputs[restored]
+        products[changed] += (gone - back).view_as(products[changed])
     mask = _expanded(kept, pattern, mask)
-    masked = weight * mask
-    return Solved(masked, mask, relative_error(weight, masked, gram))
+    return Solved(weight * mask, mask, relative_error(weight, weight * mask, gram))
+
+
+def _best_exchange(
+    tiles: Tensor, inputs: Tensor, products: Tensor, energy: Tensor, kept: Mask, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row what is restored, what is removed, and the change of the error."""
+    cross = 2 * (tiles * products).sum((1, 3))
+    restore, remove = (energy - cross).masked_fill(kept, torch.inf), (energy + cross).masked_fill(~kept, torch.inf)
+    if isinstance(pattern, NM):
+        return _in_groups(tiles[:, 0, :, 0], inputs[:, 0], restore, remove, pattern)
+    return _in_rows(tiles, inputs, restore, remove)
+
+
+def _kept_blocks(mask: Mask, pattern: Pattern, rows: int, cols: int) -> Mask:
+    """`(rows of blocks, columns of blocks)`. Errors: RequestError for a mask that splits blocks."""
+    kept: Mask = _tiles(mask, rows, cols).any(3).any(1)
+    if not torch.equal(_expanded(kept, pattern, mask), mask):
+        raise RequestError("the initial mask splits blocks", f"the pattern is {pattern}", "pass a mask of this pattern")
+    return kept
 
 
 def _tiles(matrix: Tensor, rows: int, cols: int) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, overload
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from prunella.io.tensor_file import bytes_of
+from prunella.llm.blocks import StoredTensors
 
 
-class OnDisk(Sequence[Tensor]):
+class OnDisk(StoredTensors):
     """Tensors in a temporary file without a name, which is deleted with this object or its process.
 
     Each is read when it is indexed, into memory of its own: a mapped file would count as address space, and its tensors
@@ -30,17 +31,9 @@ class OnDisk(Sequence[Tensor]):
             view = bytes_of(tensor.detach().contiguous())
             while view:
                 view = view[self._file.write(view) :]
+        super().__init__(len(self._places))
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, k: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, k: slice) -> list[Tensor]: ...
-    def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(k, slice):
-            return [self[n] for n in range(*k.indices(len(self)))]
+    def read(self, k: int) -> Tensor:
         start, dtype, shape = self._places[k]
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
         view = bytes_of(tensor)
