@@ -185,10 +185,8 @@ def _structured(generator: torch.Generator) -> list[_Case]:
     image = torch.randn(1, 64, 56, 56, generator=generator, device="cpu")
     kernel = torch.randn(64, 64, 3, 3, generator=generator, device="cpu")
     small_image, small_kernel = image[:, :32].contiguous(), kernel[:32, :32].contiguous()
-    tokens, up = (
-        torch.randn(128, 768, generator=generator, device="cpu"),
-        torch.randn(3072, 768, generator=generator, device="cpu"),
-    )
+    tokens = torch.randn(128, 768, generator=generator, device="cpu")
+    up = torch.randn(3072, 768, generator=generator, device="cpu")
     half, down = up[:1536].contiguous(), torch.randn(768, 3072, generator=generator, device="cpu")
     half_down = down[:, :1536].contiguous()
 
@@ -212,10 +210,8 @@ def _structured(generator: torch.Generator) -> list[_Case]:
 
 
 def _masked(generator: torch.Generator) -> list[_Case]:
-    tokens, weight = (
-        torch.randn(128, 768, generator=generator, device="cpu"),
-        torch.randn(768, 768, generator=generator, device="cpu"),
-    )
+    tokens = torch.randn(128, 768, generator=generator, device="cpu")
+    weight = torch.randn(768, 768, generator=generator, device="cpu")
     pattern = weight * torch.tensor([1.0, 1.0, 0.0, 0.0], device="cpu").repeat(768, 192)
     scattered = weight * (torch.rand(weight.shape, generator=generator, device="cpu") > 0.9)
 
@@ -229,14 +225,11 @@ def _masked(generator: torch.Generator) -> list[_Case]:
 
 
 def _sparse_tensors(generator: torch.Generator) -> list[_Case]:
-    tokens, weight = (
-        torch.randn(768, 128, generator=generator, device="cpu"),
-        torch.randn(768, 768, generator=generator, device="cpu"),
-    )
+    tokens = torch.randn(768, 128, generator=generator, device="cpu")
+    weight = torch.randn(768, 768, generator=generator, device="cpu")
     scattered = weight * (torch.rand(weight.shape, generator=generator, device="cpu") > 0.9)
-    blocks = (
-        (torch.rand(48, 48, generator=generator, device="cpu") > 0.9).repeat_interleave(16, 0).repeat_interleave(16, 1)
-    )
+    used = torch.rand(48, 48, generator=generator, device="cpu") > 0.9
+    blocks = used.repeat_interleave(16, 0).repeat_interleave(16, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = scattered.to_sparse_csr()

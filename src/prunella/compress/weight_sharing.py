@@ -200,11 +200,8 @@ def _first(values: Tensor, count: int, start: CentroidInit, seed: int) -> Tensor
     if start is CentroidInit.LINEAR:
         return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype, device=values.device)
     if start is CentroidInit.DENSITY:
-        indices = (
-            ((torch.arange(count, dtype=values.dtype, device="cpu") + 0.5) / count * len(values))
-            .long()
-            .clamp_max(len(values) - 1)
-        )
+        middles = (torch.arange(count, dtype=values.dtype, device="cpu") + 0.5) / count
+        indices = (middles * len(values)).long().clamp_max(len(values) - 1)
     else:
         generator = torch.Generator().manual_seed(seed)
         indices = torch.randperm(len(values), generator=generator, device="cpu")[:count].sort().values

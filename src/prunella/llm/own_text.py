@@ -154,10 +154,7 @@ class _Writer:
         if self.bos is not None:
             begin[torch.tensor(starts, device="cpu")] = self.bos
         tokens, cache = begin[:, :1], None
-        loss, drawn = (
-            torch.zeros(len(starts), dtype=torch.float64, device="cpu"),
-            torch.zeros(len(starts), dtype=torch.float64, device="cpu"),
-        )
+        loss, drawn = (torch.zeros(len(starts), dtype=torch.float64, device="cpu") for _ in range(2))
         for place in range(1, self.seqlen):
             logits, cache = self._next(tokens[:, -1:] if cache is not None else tokens, cache)
             word, nats = _drawn(logits, uniform[:, place])

@@ -59,12 +59,8 @@ def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) 
     """
     parts = [_Part.of(reader, units, ridge) for reader in readers]
     scale = sum(float((r.seen @ r.gram * r.seen).sum()) for r in readers) or 1.0
-    left, order, losses, total = (
-        torch.arange(units, device="cpu"),
-        list[int](),
-        torch.zeros(units, dtype=torch.float64, device="cpu"),
-        0.0,
-    )
+    left, losses = torch.arange(units, device="cpu"), torch.zeros(units, dtype=torch.float64, device="cpu")
+    order, total = list[int](), 0.0
     while len(left):
         costs = torch.stack([part.costs(left) for part in parts]).sum(0)
         chosen = costs.argsort(stable=True)[: max(1, len(left) // CHUNK)]
