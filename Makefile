@@ -16,7 +16,7 @@ export PIP_NO_INPUT = 1
 .PHONY: help install demo test check docs examples bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 17
 
 install: $(VENV)/.stamp-base ## install prunella into .venv
 	$(SAY) "prunella is in $(BIN); try: $(BIN)/prunella --help"
