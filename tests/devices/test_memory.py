@@ -121,7 +121,9 @@ def test_hidden_states_on_the_host_are_the_same_and_come_back_to_their_device() 
     pr.llm.solve_(here, DATA[0], pr.llm.OneShot(pr.NM(2, 4)), data=DATA)
     with second_device():
         states = OnHost(far(x) for x in DATA)
-        assert [x.device for x in states] == [DEVICE] * len(DATA) and all(x.device.type == "cpu" for x, _ in states._kept)
+        assert [x.device for x in states] == [DEVICE] * len(DATA) and all(
+            x.device.type == "cpu" for x, _ in states._kept
+        )
         assert len(states[1:]) == 3 and near(states[1]).equal(DATA[1])
         there = move_(dense())
         with memory_for(there.blocks[0], 6, host=True):

@@ -230,6 +230,8 @@ def test_patterns_are_told_by_their_zeros() -> None:
     weight = torch.randn(32, 64)
     assert is_two_of_four(two_of_four(weight)) and not is_two_of_four(weight)
     assert not is_two_of_four(torch.zeros(4, 6))
+    one_more = two_of_four(weight).index_put((torch.tensor(3), torch.arange(8, 12)), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert not is_two_of_four(one_more)
     assert block_density(in_blocks(weight), 16) == 0.25 and block_density(weight, 16) == 1.0
     assert block_density(in_blocks(weight), 24) == 1.0  # no whole number of blocks
     assert kernels_of(torch.device("cpu")) == {}
