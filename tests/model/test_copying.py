@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import queue
+import sqlite3
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from io import IOBase
 from pathlib import Path
 from typing import Any
@@ -58,6 +64,15 @@ def locks(model: nn.Module, folder: Path) -> None:
     )  # fmt: skip
 
 
+def of_the_process(model: nn.Module, folder: Path) -> None:
+    """Each exists once; also inside a container."""
+    kept = [
+        ThreadPoolExecutor(1), threading.local(), ContextVar("seen"), memoryview(b"abc"), multiprocessing.Lock(),
+        sqlite3.connect(":memory:"), sys._getframe(), queue.SimpleQueue(),
+    ]  # fmt: skip
+    model.first, model.kept = kept[0], {"all": kept}  # type: ignore[assignment]
+
+
 def an_open_file(model: nn.Module, folder: Path) -> None:
     model.log = (folder / "log").open("w")  # type: ignore[assignment]
 
@@ -87,6 +102,7 @@ def new_weight_norm(model: nn.Module, folder: Path) -> None:
 
 
 CASES = (
+    of_the_process,
     cached, nested, on_a_layer, locks, an_open_file, generators, a_python_module, a_hook_that_records, old_weight_norm,
     new_weight_norm,
 )  # fmt: skip
@@ -102,12 +118,14 @@ def test_a_model_is_copied_whatever_it_holds(spoil: Callable[[nn.Module, Path], 
     replica(X).sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in replica.parameters())
+    if "kept" in vars(model):
+        assert all(a is b for a, b in zip(vars(replica)["kept"]["all"], vars(model)["kept"]["all"], strict=True))
     if isinstance(log := vars(model).get("log"), IOBase):
         assert vars(replica)["log"] is log
         log.close()
 
 
-@pytest.mark.parametrize("spoil", [cached, locks, a_hook_that_records])
+@pytest.mark.parametrize("spoil", [cached, locks, a_hook_that_records, of_the_process])
 def test_verbs_take_such_a_model(spoil: Callable[[nn.Module, Path], None], tmp_path: Path) -> None:
     model, plain = mlp(8), mlp(8)
     spoil(model, tmp_path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, TypeVar, cast
@@ -24,7 +26,10 @@ M = TypeVar("M", bound=nn.Module)
 Memo = dict[int, Any]
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
-_SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread, socket.socket, staticmethod, classmethod)
+_SHARED = (
+    *(ModuleType, GeneratorType, io.IOBase, threading.Thread, socket.socket, Executor),
+    *(staticmethod, classmethod),
+)
 """Types that a copy shares with the original: they represent unique objects outside the model."""
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
@@ -88,7 +93,25 @@ def _substitute(value: Any) -> Any:
         return threading.Lock()
     if isinstance(value, _RLOCK):
         return threading.RLock()
-    return value if isinstance(value, _SHARED) else None
+    return value if isinstance(value, _SHARED) or _is_of_the_process(value) else None
+
+
+def _is_of_the_process(value: object) -> bool:
+    """Whether an object of Python itself refuses to be taken apart: a connection, a queue, what a thread has alone.
+
+    It represents something that exists once, and holds no tensors that are cut. An object of another class that
+    refuses may hold them, and is named instead.
+    """
+    kind = type(value)
+    if kind in copy._deepcopy_dispatch or hasattr(kind, "__deepcopy__"):  # type: ignore[attr-defined]
+        return False
+    if kind.__module__.partition(".")[0] not in sys.stdlib_module_names or kind.__module__ == "__main__":
+        return False
+    try:
+        value.__reduce_ex__(4)
+    except Exception:  # each has its own error
+        return True
+    return False
 
 
 def _reached(root: object) -> Iterator[object]:
