@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+import scipy  # its parts are imported where they are used first: a quarter of a second
 
 from prunella.errors import RequestError, TargetMissed
 from prunella.registry.method import search
@@ -56,7 +55,7 @@ def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, .
     first, said = program.best(program.losses)
     if first is None:
         raise TargetMissed("the solver found no choice within the budget", said, "allow more")
-    ceiling = LinearConstraint(program.losses, -np.inf, program.losses[list(first)].sum())
+    ceiling = scipy.optimize.LinearConstraint(program.losses, -np.inf, program.losses[list(first)].sum())
     second, _ = program.best(program.costs, ceiling)  # the cheaper one of equal loss
     # With both limits reached exactly, rounding may leave the solver none: then the first one is the answer.
     return tuple(program.options[place] for place in min((first, second or first), key=program.value))
@@ -85,17 +84,22 @@ class _Program:
         extra = np.array([option.cost - least[group] for group, _, option in fitting])
         self.costs = extra / (room or 1.0)
         self.losses = _scaled(np.array([option.loss for _, _, option in fitting]), self.groups)
-        one_of_each = csr_array((np.ones(len(fitting)), (self.groups, np.arange(len(fitting)))))
-        self.constraints = [LinearConstraint(one_of_each, 1, 1), LinearConstraint(self.costs, -np.inf, 1.0)]
+        one_of_each = scipy.sparse.csr_array((np.ones(len(fitting)), (self.groups, np.arange(len(fitting)))))
+        self.constraints = [
+            scipy.optimize.LinearConstraint(one_of_each, 1, 1),
+            scipy.optimize.LinearConstraint(self.costs, -np.inf, 1.0),
+        ]
 
-    def best(self, objective: _Floats, *constraints: LinearConstraint) -> tuple[tuple[int, ...] | None, str]:
+    def best(
+        self, objective: _Floats, *constraints: scipy.optimize.LinearConstraint
+    ) -> tuple[tuple[int, ...] | None, str]:
         """Variables of the exact choice that fits with the smallest sum of `objective`; None, and why, without one.
 
         Without presolve: that drops choices which meet the budget to less than its tolerance.
         """
         while True:
-            solution = milp(
-                objective, integrality=np.ones(len(objective)), bounds=Bounds(0, 1),
+            solution = scipy.optimize.milp(
+                objective, integrality=np.ones(len(objective)), bounds=scipy.optimize.Bounds(0, 1),
                 constraints=[*self.constraints, *constraints], options={"mip_rel_gap": 0.0, "presolve": False},
             )  # fmt: skip
             if solution.x is None:
@@ -103,7 +107,7 @@ class _Program:
             chosen = tuple(np.flatnonzero(solution.x > 0.5).tolist())
             if sum(self.exact[variable].cost for variable in chosen) <= self.limit:
                 return chosen, ""
-            self.constraints.append(LinearConstraint(solution.x > 0.5, -np.inf, len(chosen) - 1))
+            self.constraints.append(scipy.optimize.LinearConstraint(solution.x > 0.5, -np.inf, len(chosen) - 1))
 
     def value(self, chosen: tuple[int, ...]) -> tuple[float, float]:
         """Loss and cost, exactly."""
