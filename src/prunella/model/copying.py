@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
-from prunella.model.trees import is_empty
-from prunella.model.unread import unread
+from prunella.model.unread import is_empty, unread
 from prunella.model.unwrap import unwrap
 
 M = TypeVar("M", bound=nn.Module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import enum
 import sys
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,11 +71,6 @@ def stored_tensors(tree: Any) -> list[Tensor]:
     walk = _Walk(_stored_items, {}, stored=True)
     walk.collect(tree, again=True)
     return walk.collected
-
-
-def is_empty(value: object) -> bool:
-    """Whether a value is an empty plain dictionary, like most attributes of a module: those for hooks."""
-    return type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None)
 
 
 def first(tree: Any) -> Tensor | None:

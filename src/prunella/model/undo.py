@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from prunella.model.beside import CONTAINERS, is_same, undo_numbers, values_beside
 from prunella.model.executed import is_source
-from prunella.model.trees import is_empty
-from prunella.model.unread import is_elsewhere, slots_of, unread
+from prunella.model.unread import is_elsewhere, is_empty, slots_of, unread
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Set
 from contextlib import suppress
 from functools import partial
@@ -59,6 +59,11 @@ def is_elsewhere(value: object) -> bool:
     return issubclass(type(value), ELSEWHERE)
 
 
+def is_empty(value: object) -> bool:
+    """Whether a value is an empty plain dictionary, like most attributes of a module: those for hooks."""
+    return type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None)
+
+
 def unread(model: nn.Module) -> dict[int, Any]:
     """Identity -> value, of the large values in plain attributes that no code of the forward pass names."""
     large: dict[int, Any] = {}
@@ -69,7 +74,7 @@ def unread(model: nn.Module) -> dict[int, Any]:
             continue
         for name, value in vars(module).items():
             leaf = type(value) in weakref.ProxyTypes or isinstance(value, _LEAVES)  # a dead proxy refuses `isinstance`
-            if leaf or name in _MACHINERY or id(value) in small:
+            if leaf or name in _MACHINERY or id(value) in small or is_empty(value):
                 continue
             if id(value) not in large and not _is_large(value):
                 small.add(id(value))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.recorder import Trace
-from prunella.model.trees import is_empty, stored_tensors
-from prunella.model.unread import unread
+from prunella.model.trees import stored_tensors
+from prunella.model.unread import is_empty, unread
 
 if TYPE_CHECKING:
     from prunella.graph.trace.run import TracedRun
