@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prunella.errors import ACCELERATOR_FULL, NotSupported, OutOfResources
 from prunella.model.trees import each, tensors
 
+CPU = torch.device("cpu")
 NO_FLOAT64 = frozenset({"mps"})
 """Types of devices without float64, in which cuts are proven."""
 
@@ -88,6 +89,12 @@ def short_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(part in text for part in ACCELERATOR_FULL)
     )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on an accelerator; None where its backend does not say."""
+    report = getattr(torch.get_device_module(device), "mem_get_info", None) if device.type in ("cuda", "xpu") else None
+    return None if report is None else int(report(device)[0])
 
 
 def free_cached_memory() -> None:

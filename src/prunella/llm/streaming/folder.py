@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from prunella.io.files import clean_up_after_kill
 from prunella.io.space import check_apart, check_folder_of_weights, check_space
 from prunella.io.temporary import followed
@@ -16,13 +18,14 @@ from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calib
 from prunella.llm.distributed import process_group
 from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
-from prunella.llm.streaming.progress import check_output, identity_of, is_finished, open_progress
+from prunella.llm.streaming.progress import BlockProgress, check_output, identity_of, is_finished, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.texts import drawn_for, placeholder, recorded, write_texts
 from prunella.llm.streaming.writer import Close, finish
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size
 from prunella.model.batches import listed
+from prunella.model.device import CPU, device_is_full, short_of_memory
 from prunella.registry.method import solver
 
 
@@ -49,7 +52,10 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted cost of a run: memory, bytes on disk, and seconds if the first block was measured."""
+    """Predicted cost of a run: memory, bytes on disk, and seconds if the first block was measured.
+
+    there: memory of the accelerator, if the blocks are on one.
+    """
 
     blocks: int
     layers: int
@@ -57,6 +63,7 @@ class Forecast:
     peak: amounts.Peak
     disk: int
     seconds: float | None = None
+    there: amounts.Peak | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -64,6 +71,8 @@ class Forecast:
             f"memory: {self.peak}, hidden states between blocks {'on disk' if self.peak.on_disk else 'in memory'}",
             f"disk: {byte_size(self.disk)}",
         ]
+        if self.there is not None:
+            lines.append(f"memory of the device: {self.there}")
         if self.seconds is not None:
             lines.append(f"time: about {self.seconds:.0f} s, measured on the first block and two batches")
         return "\n".join(lines)
@@ -80,6 +89,7 @@ def solve_folder(
     skip: Sequence[str] = (),
     overwrite: bool = False,
     on_block: OnBlock | None = None,
+    device: torch.device | str = CPU,
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
@@ -96,13 +106,16 @@ def solve_folder(
     refused before it starts. None: hidden states in memory, no check. Errors: RequestError if the folder exists or
     belongs to another run, or for too little memory; NotSupported if the blocks are not entries of one list, run in
     order.
-    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block.
+    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block. device: where blocks
+    run and are solved, one at a time; hidden states wait in the memory of the process, and are copied while the device
+    works. Errors: OutOfResources if the device has too little memory for a block.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
     return solve_and_close(
-        source, output, how, data=data, memory=memory, skip=skip, overwrite=overwrite, on_block=on_block, close=None
-    )
+        source, output, how, data=data, memory=memory, skip=skip, overwrite=overwrite, on_block=on_block, close=None,
+        device=torch.device(device),
+    )  # fmt: skip
 
 
 def solve_and_close(
@@ -116,6 +129,7 @@ def solve_and_close(
     overwrite: bool,
     on_block: OnBlock | None,
     close: Close | None,
+    device: torch.device = CPU,
 ) -> Streamed:
     """`solve_folder`. close: judges the result before it is complete, and adds to its card and record."""
     start, folder, group = now(), followed(output), process_group()
@@ -130,19 +144,31 @@ def solve_and_close(
     if calibration is not None:
         drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group)
     samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else list(drawn.batches)
-    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=parts.held_out)
-    asked = partial(identity_of, run.source, samples, how, skip, group.world_size, run.held_out)
+    run = StreamingRun(
+        Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=parts.held_out, device=device
+    )
+    asked = partial(identity_of, run.source, samples, how, skip, group.world_size, run.held_out, device)
     written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
     check_space(folder, run.disk - written)
     with open_progress(folder, asked, group, overwrite=overwrite) as progress:
         if calibration is not None and drawn is not None and group.is_main:
             write_texts(progress.folder, calibration, drawn, run.source)
-        solving, replayed = run.run(progress, on_block)
+        solving, replayed = _run(run, progress, on_block)
         seconds, most = since(start), amounts.most_resident()  # before both models are judged
         if group.is_main:
             finish(run, progress.folder, solving, seconds, recorded(drawn), close)
     group.barrier()
     return Streamed(folder, solving, run.peak, most, seconds, replayed)
+
+
+def _run(run: StreamingRun, progress: BlockProgress, on_block: OnBlock | None) -> tuple[Solving, int]:
+    """Errors: OutOfResources where the accelerator is out of memory; finished blocks are kept."""
+    try:
+        return run.run(progress, on_block)
+    except RuntimeError as error:
+        if run.device == CPU or not short_of_memory(error):
+            raise
+        raise device_is_full(error, f"{run.device} is out of memory in a block") from error
 
 
 def forecast(
@@ -153,6 +179,7 @@ def forecast(
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     measured: bool = True,
+    device: torch.device | str = CPU,
 ) -> Forecast:
     """Predict memory, disk and time of `solve_folder`. Nothing is written.
 
@@ -165,10 +192,14 @@ def forecast(
         listed(cast(Iterable[Any], parts.data)) if drawn is None else list(placeholder(drawn, Path(source)).batches)
     )
     group, budget = process_group(), _budget(memory)
-    run = StreamingRun(Path(source), how, samples, group, budget=budget, skip=skip, held_out=parts.held_out)
+    where = torch.device(device)
+    run = StreamingRun(
+        Path(source), how, samples, group, budget=budget, skip=skip, held_out=parts.held_out, device=where
+    )
     layers = [layer for some in run.layers.values() for layer in some]
     weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
-    return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, run.measured() if measured else None)
+    seconds = run.measured() if measured else None
+    return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, seconds, run.there)
 
 
 def _budget(memory: str | int | None) -> int | None:

@@ -24,6 +24,7 @@ from prunella.io.tensor_file import open_tensors
 from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
+from prunella.model.device import CPU, device_name
 
 WORK = ".prunella"
 """The folder inside the output that holds the journal while a run is not finished."""
@@ -144,12 +145,20 @@ def _remove_rests(output: Path, beside: Path) -> None:
 
 
 def identity_of(
-    source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[str], processes: int, held_out: Sequence[Any] = ()
+    source: Path,
+    data: Sequence[Any],
+    how: OneShot,
+    skip: Sequence[str],
+    processes: int,
+    held_out: Sequence[Any] = (),
+    device: torch.device = CPU,
 ) -> Identity:
     """Everything that determines the result: every byte of the model's files, batches, recipe and versions."""
     files = {kind: sorted(source.glob(f"*.{kind}")) for kind in ("safetensors", "json")}
     digests = {kind: {file.name: digest(file) for file in some if file.is_file()} for kind, some in files.items()}
-    others = {"held-out data": list(held_out)} if held_out else {}
+    others: dict[str, Any] = {"held-out data": list(held_out)} if held_out else {}
+    if device != CPU:
+        others["device"] = device_name(device)
     return identify(
         {
             **others,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import RequestError
+from prunella.errors import OutOfResources, RequestError
 from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
@@ -33,13 +33,18 @@ from prunella.llm.streaming.offload import OnDisk
 from prunella.llm.streaming.progress import BlockProgress, DoneBlock
 from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
+from prunella.llm.streaming.staged import CallsOn, staged
 from prunella.measure.clock import now, since
+from prunella.measure.text import byte_size
+from prunella.model.device import CPU, free_memory, synchronize
 from prunella.model.forward import forward
 from prunella.model.state import mode
 from prunella.model.trees import tensors
 
 _SHRUNK = 3
 """Copies of a block during shrinkage: the dense replica, its dense weights, and its solved weights."""
+_BATCHES = 4
+"""Batches of hidden states on an accelerator at once: the inputs of two, and the outputs of two."""
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense replica, the saved weights, the gradient, Adam's two, a sum."""
 
@@ -86,8 +91,10 @@ class StreamingRun:
         skip: Sequence[str] = (),
         held_out: Iterable[Any] = (),
         skeleton: Skeleton | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.source, self.how, self.distributed, self.skip = source, how, distributed, tuple(skip)
+        self.device = device
         self.held_out = not_fitted(held_out, distributed)
         self.batches, self.data = len(data), [*distributed.shard(data), *self.held_out]
         self.tokens = sum(max((t.numel() for t in tensors(batch)), default=0) for batch in data)
@@ -101,9 +108,11 @@ class StreamingRun:
         self.stream_bytes = len(self.data) * _bytes(self.first.hidden_states[0])
         self._works: dict[str, int] = {}
         self.peak = self.peak_within(budget)
+        self.there = self._peak_there()
+        """The peak of the memory of the accelerator; None on the CPU, whose memory is that of the process."""
 
     def peak_within(self, budget: int | None) -> amounts.Peak:
-        """The peak of memory. Errors: RequestError if it is above the budget."""
+        """The peak of memory of the process. Errors: RequestError if it is above the budget."""
         return amounts.largest(partial(self._moments, self.first), budget)
 
     def for_processes(self, count: int) -> StreamingRun:
@@ -125,8 +134,8 @@ class StreamingRun:
     def run(self, progress: BlockProgress, on_block: OnBlock | None) -> tuple[Solving, int]:
         """Prune all blocks; finished ones only run forward. Returns the result and the number of finished blocks."""
         folder = progress.folder
-        store: StoreActivations = partial(OnDisk, folder=folder) if self.peak.on_disk else list
-        state = _State(self._capture(self.data, store), store)
+        store = staged(partial(OnDisk, folder=folder) if self.peak.on_disk else list, self.device)
+        state = _State(self._capture(self.data, store), store, self.device)
         fits: list[Fit] = []
         refined: dict[str, tuple[float, float]] = {}
         strengths: dict[str, float] = {}
@@ -156,10 +165,12 @@ class StreamingRun:
     def measured(self) -> float:
         """Seconds of a whole run, predicted from the time of the solver and per batch in the first block."""
         some = self.data[:2] if not self.held_out else [self.data[0], self.data[-1]]
-        state = _State(self._capture(some, list), list)
+        store = staged(list, self.device)
+        state = _State(self._capture(some, store), store, self.device)
         start = now()
         with tempfile.TemporaryDirectory() as folder:
             result = self._solve(state, state.captured.blocks[0], Path(folder) / "block")
+            synchronize(self.device)
         solving = sum(fit.seconds for fit in result.fits)
         by_batch = (since(start) - solving) / len(some)
         return len(self.paths) * (solving / self.distributed.world_size + by_batch * len(self.data))
@@ -170,14 +181,12 @@ class StreamingRun:
 
     def _solve(self, state: _State, block: ModelBlock, shard: Path) -> BlockResult:
         """Load, prune and write one block."""
-        names, model = self.skeleton.names_in(block.path), self.skeleton.model
-        self.skeleton.load_(names)
-        with self._inference(), experts_implementation(model, "eager"):
-            result = self._pruned(state, block)
-            state.next_block(self.skeleton, block, result.outputs)
-        if self.distributed.is_main:
-            write_shard(shard, self.skeleton.values(names))
-        self.skeleton.unload_(names)
+        with self.skeleton.loaded(block.path, self.device) as names:
+            with self._inference(), experts_implementation(self.skeleton.model, "eager"):
+                result = self._pruned(state, block)
+                state.next_block(self.skeleton, block, result.outputs)
+            if self.distributed.is_main:
+                write_shard(shard, self.skeleton.values(names))
         return result
 
     def _pruned(self, state: _State, block: ModelBlock) -> BlockResult:
@@ -205,16 +214,14 @@ class StreamingRun:
 
     def _replay(self, state: _State, block: ModelBlock, shard: Path) -> None:
         """Run a block that an earlier run has pruned, for the inputs of the next one."""
-        names, stored = self.skeleton.names_in(block.path), open_tensors(shard).tensors
         module = self.skeleton.model.get_submodule(block.path)
         with self._inference(), experts_implementation(self.skeleton.model, "eager"):
             if self.how.refine is not None or self.held_out:
-                self.skeleton.load_(names)
-                calls, others = state.calls(block), len(self.held_out)
-                state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store, others)
-            self.skeleton.load_(names, stored)
-            state.next_block(self.skeleton, block)
-        self.skeleton.unload_(names)
+                with self.skeleton.loaded(block.path, self.device):
+                    calls, others = state.calls(block), len(self.held_out)
+                    state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store, others)
+            with self.skeleton.loaded(block.path, self.device, open_tensors(shard).tensors):
+                state.next_block(self.skeleton, block)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -238,27 +245,59 @@ class StreamingRun:
 
     def _moments(self, first: Captured, on_disk: bool) -> list[amounts.Peak]:
         """The memory in use while the modules around the blocks run, and while each kind of block is solved."""
-        base = amounts.resident() + amounts.BUFFERS
-        stream, refining = 0 if on_disk else self.stream_bytes, self.how.refine is not None
+        base, stream = amounts.resident() + amounts.BUFFERS, 0 if on_disk else self.stream_bytes
         around = sum(stored.size for stored in self.skeleton.around())
         moments = [amounts.Peak({"process": base, "around the blocks": around, "stream": stream}, on_disk)]
-        seen = set()
+        for path, names in self._kinds_of_blocks().items():
+            sizes = {
+                "process": base,
+                "block": self._solved_bytes(names) if self.device == CPU else self._stored_bytes(names),
+                "stream": stream * self.copies,
+                "conversion": 2 * self.skeleton.converted(names),
+                "constants": first.constants,
+                "work": self._work_of(path, first) if self.device == CPU else 0,
+            }
+            moments.append(amounts.Peak(sizes, on_disk))
+        return moments
+
+    def _peak_there(self) -> amounts.Peak | None:
+        """Errors: OutOfResources if the accelerator has less memory than the largest block takes."""
+        if self.device == CPU:
+            return None
+        kinds, batch = self._kinds_of_blocks().items(), _bytes(self.first.hidden_states[0])
+        moments = [
+            amounts.Peak(
+                {
+                    "block": self._solved_bytes(names),
+                    "batches": _BATCHES * batch,
+                    "constants": self.first.constants,
+                    "work": self._work_of(path, self.first),
+                }
+            )
+            for path, names in kinds
+        ]
+        peak, free = max(moments, key=lambda moment: moment.bytes), free_memory(self.device)
+        if free is not None and peak.bytes > free:
+            why = f"one block takes {peak}, and {byte_size(free)} are free"
+            todo = "give smaller batches, or a solver that takes less (by_score), or run on the CPU"
+            raise OutOfResources(f"the memory of {self.device} is not enough", why, todo)
+        return peak
+
+    def _kinds_of_blocks(self) -> dict[str, list[str]]:
+        """The first block of each kind, and the names of its stored tensors."""
+        kinds: dict[Any, tuple[str, list[str]]] = {}
         for path in self.paths:
             names = self.skeleton.names_in(path)
-            shapes = tuple(self.skeleton.like[name].shape for name in names)
-            if shapes not in seen:
-                seen.add(shapes)
-                size = sum(_bytes(self.skeleton.like[name]) for name in names)
-                sizes = {
-                    "process": base,
-                    "block": size * (_TRAINED if refining else 1) + size * (_SHRUNK if self.held_out else 0),
-                    "stream": stream * self.copies,
-                    "conversion": 2 * self.skeleton.converted(names),
-                    "constants": first.constants,
-                    "work": self._work_of(path, first),
-                }
-                moments.append(amounts.Peak(sizes, on_disk))
-        return moments
+            kinds.setdefault(tuple(self.skeleton.like[name].shape for name in names), (path, names))
+        return dict(kinds.values())
+
+    def _stored_bytes(self, names: Iterable[str]) -> int:
+        return sum(_bytes(self.skeleton.like[name]) for name in names)
+
+    def _solved_bytes(self, names: Iterable[str]) -> int:
+        """Of the weights of a block, with the copies of them that are held while it is solved."""
+        copies = (_TRAINED if self.how.refine is not None else 1) + (_SHRUNK if self.held_out else 0)
+        return self._stored_bytes(names) * copies
 
     def _work_of(self, path: str, first: Captured) -> int:
         if path not in self._works:
@@ -299,6 +338,7 @@ class _State:
 
     captured: Captured
     store: StoreActivations
+    device: torch.device
     targets: Sequence[Tensor] = ()
     next_solver: int = 0
     hidden_states: Sequence[Tensor] = field(init=False)
@@ -313,7 +353,8 @@ class _State:
 
     def calls(self, block: ModelBlock) -> BlockCalls:
         """The calls of the block, after `next_block` for all blocks before it."""
-        return self.captured.calls(block.path, self.hidden_states)
+        calls = self.captured.calls(block.path, self.hidden_states)
+        return calls if self.device == CPU else BlockCalls(CallsOn(calls.calls, self.device), self.hidden_states)
 
     def next_block(self, skeleton: Skeleton, block: ModelBlock, outputs: Sequence[Tensor] | None = None) -> None:
         """Compute the inputs of the next block by running `block`, or take its `outputs`; nothing after the last."""

@@ -16,6 +16,7 @@ from prunella.errors import BadInput, NotSupported
 from prunella.io.load import class_of, import_transformers
 from prunella.io.tensor_file import StoredTensor
 from prunella.llm.streaming.conversion import Converted, Files
+from prunella.model.device import CPU
 from prunella.model.rng import seeded
 from prunella.model.trees import each, tensors
 from prunella.model.user_code import call_user
@@ -75,7 +76,7 @@ class Skeleton:
             if name in self.persistent and source is not None and source.shape != tuple(like.shape):
                 why = f"{name} is {source.shape} in the file and {tuple(like.shape)} in the model"
                 raise BadInput(f"the weights in {folder} do not fit its config.json", why, "fetch the folder again")
-        virtual = [n for n, b in _named(self.model) if b.device.type == "meta" and n not in self.persistent]
+        virtual = [name for name, buffer in self._constants() if buffer.device.type == "meta"]
         if virtual:
             why = f"{virtual[0]} is in no file, and the constructor gives it no values"
             raise NotSupported(f"{folder} cannot be read block by block", why, "load the full model, and use solve_")
@@ -100,17 +101,40 @@ class Skeleton:
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """These tensors with their current values, under the names and in the layout of the files."""
         return self.files.written(
-            {name: _slots(self.model, name)[_leaf(name)].detach() for name in names if name in self.stored}
+            {name: _slots(self.model, name)[_leaf(name)].detach().cpu() for name in names if name in self.stored}
         )
 
-    def load_(self, names: Iterable[str], shard: Mapping[str, StoredTensor] | None = None) -> None:
+    @contextmanager
+    def loaded(
+        self, path: str, device: torch.device, shard: Mapping[str, StoredTensor] | None = None
+    ) -> Iterator[list[str]]:
+        """Inside, the tensors of this module are on a device; yields the names of those that are stored."""
+        names = self.names_in(path)
+        constants = {name: tensor for name, tensor in self._constants() if name.startswith(f"{path}.")}
+        try:
+            self.load_(names, shard, device)
+            for name, tensor in constants.items():
+                self._place(name, tensor.to(device))
+            yield names
+        finally:
+            self.unload_(names)
+            for name, tensor in constants.items():
+                self._place(name, tensor)
+
+    def _constants(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that are in no file: the constructor gives them their values."""
+        yield from ((name, tensor) for name, tensor in _named(self.model) if name not in self.persistent)
+
+    def load_(
+        self, names: Iterable[str], shard: Mapping[str, StoredTensor] | None = None, device: torch.device = CPU
+    ) -> None:
         """Read these tensors, from `shard` where it has them, and set each of them under all its names."""
         other = self.files.read(shard)[0] if shard else {}
         for name in names:
             source = next((other[alias] for alias in self.aliases[name] if alias in other), None)
             source = source or self.source_of(name)
             if source is not None:
-                self._place(name, source.read())
+                self._place(name, source.read().to(device))
 
     def unload_(self, names: Iterable[str]) -> None:
         """Free the memory of these tensors."""
