@@ -7,7 +7,8 @@ is read only after `synchronize`, since an accelerator works on after a call has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,29 @@ def home_of_sums(device: torch.device) -> torch.device:
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64, where sums of it are."""
     return tensor.to(home_of_sums(tensor.device)).double()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, products of float32 are products of float32, although a program allows shorter numbers: TF32 on CUDA,
+    bfloat16 in oneDNN. A solver divides by small pivots, and would carry their rounding on.
+    """
+    short = [backend for backend in _products() if backend.fp32_precision not in ("none", "ieee")]
+    before = [backend.fp32_precision for backend in short]
+    for backend in short:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(short, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _products() -> list[Any]:
+    """The backends of torch whose products of float32 can be shortened; older versions of torch have none by name."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
+    parts = (getattr(backend, name, None) for backend in backends[1:] for name in ("matmul", "conv", "rnn"))
+    return [part for part in (backends[0], *parts) if hasattr(part, "fp32_precision")]
 
 
 def check_float64(model: nn.Module, what: str = "cuts are proven") -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunella.model.device import full_float32
 from prunella.solvers.linalg import damped_solve
 from prunella.stats.elimination import column_sums
 from prunella.types import Gram
@@ -39,6 +40,7 @@ class Sums:
         self.tokens = 0
         self.squares = 0.0
 
+    @full_float32()
     def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
         """Add the tokens of one call."""
         if not self.quick:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
+from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.schedules import cubic
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
@@ -18,6 +19,7 @@ SAMPLE = 1 << 16
 
 
 @solver(source="Boza 2024, arXiv:2401.02938; Meng et al. 2024, arXiv:2406.07831 (ALPS)", status="stable")
+@full_float32()
 def admm(
     weight: Weight,
     gram: Gram,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import Element
+from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.solvers.linalg import damped_factor, or_identity
@@ -22,6 +23,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 @solver(source="Meng et al. 2024, arXiv:2406.07831 (ALPS)", status="stable")
+@full_float32()
 def alps(
     weight: Weight,
     gram: Gram,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import Element
+from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, relative_error
 from prunella.solvers.sparsegpt import by_columns
@@ -67,6 +68,7 @@ class OnGrid(Solved):
 
 
 @solver(source="Frantar and Alistarh 2023, arXiv:2301.00774; Frantar et al. 2023, arXiv:2210.17323 (GPTQ)")
+@full_float32()
 def prune_and_quantize(
     weight: Weight,
     gram: Gram,

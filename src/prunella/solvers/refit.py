@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
+from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Solved, relative_error
 from prunella.solvers.linalg import damped_factor
@@ -13,6 +14,7 @@ from prunella.types import Gram, Mask, Weight
 
 
 @solver(source="Meng et al. 2024, arXiv:2406.07831 (conjugate gradients on the support)")
+@full_float32()
 def refit(
     weight: Weight, gram: Gram, mask: Mask, *, start: Tensor | None = None, steps: int = 20, damping: float = 0.01
 ) -> Solved:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
+from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.solvers.linalg import damped_factor, or_identity
@@ -23,6 +24,7 @@ def _as_is(weight: Tensor, column: int) -> Tensor:
 
 
 @solver(source="Frantar and Alistarh 2023, arXiv:2301.00774", status="stable")
+@full_float32()
 def sparsegpt(
     weight: Weight,
     gram: Gram,
