@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import prunella as pr
+from prunella.cli import device
 from prunella.cli.parse import LLM_RECIPES
 from prunella.io import load as models
 from prunella.io.lock import lock_file
 from prunella.llm.presets import PRESETS
 from tests.cli.conftest import WORDS, Run
+from tests.devices.second import second_device
 from tests.llm.streaming.models import read, write
 
 LINE = ("llm", "in", "--pattern", "2:4", "--data", "text.txt", "--nsamples", "3")
@@ -270,3 +272,29 @@ def test_a_dequantized_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
 def test_a_text_that_is_not_there_is_named(prunella: Run, story: Any) -> None:
     done = prunella("llm", "in", "--data", "nothere.txt", "-o", "out")
     assert done.code == 2 and "there is no text file nothere.txt" in done.err
+
+
+def test_it_is_pruned_on_another_device_and_judged_there(
+    prunella: Run, story: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "check_device", lambda name: None)
+    line = (*LINE, "--seqlen", "12", "--device", "lazy:0")
+    with second_device():
+        done = prunella(*line, "-o", "out")
+        assert done.code == 0 and "memory of the device" in done.err, done.err
+        assert "perplexity" in done.out
+        forecast = json.loads(prunella(*line, "--dry-run", "--json").out)
+    assert forecast["there"]["together"] > forecast["there"]["work"] > 0 and forecast["peak"]["work"] == 0
+    for name, value in read(Path("out"), story).named_parameters():
+        if name.endswith("proj.weight"):
+            assert value.view(-1, 4).eq(0).sum(1).tolist() == [2] * (value.numel() // 4)
+    refused = prunella(*LINE, "--seqlen", "12", "-o", "out", "--overwrite", "--device", "cpu")
+    assert refused.code == 0  # a finished result may be replaced from anywhere
+
+
+def test_several_processes_share_no_accelerator(prunella: Run, story: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "check_device", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = prunella(*LINE, "--seqlen", "12", "-o", "out", "--device", "lazy:0")
+    assert done.code == 6 and "several processes do not prune block by block on lazy:0" in done.err
+    assert not Path("out").exists()

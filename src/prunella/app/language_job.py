@@ -35,6 +35,7 @@ from prunella.llm.streaming.runner import OnBlock
 from prunella.llm.streaming.writer import Closed, in_words
 from prunella.llm.text import text_tokens, tokenizer_of
 from prunella.measure.text import percent, short_count
+from prunella.model.device import device_of, placed_if_they_fit
 from prunella.model.forward import first_tensor, forward
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
@@ -243,7 +244,8 @@ def masked_job(
         if folder is None:
             raise RequestError("the masks need a folder for their work", "", "give data that can be told apart")
         if not is_finished(folder):  # it is finished if a kill came between the last block and the plan
-            solve_folder(source.folder, folder, how, data=split, skip=skip, on_block=on_block)
+            where = device_of(model)
+            solve_folder(source.folder, folder, how, data=split, skip=skip, on_block=on_block, device=where)
         plan = import_plan(model, inputs, folder)
         return replace(plan, recipe=described(how))
 
@@ -258,17 +260,22 @@ def masked_job(
 
 @dataclass
 class FolderEnd:
-    """The end of a folder of masks: both models in memory, one page, and the card. judged: what was said."""
+    """The end of a folder of masks: both models in memory, one page, and the card. judged: what was said.
+
+    device: where both are judged if they fit, else on the CPU.
+    """
 
     source: LanguageModel
+    device: str = "cpu"
     judged: Judged | None = None
 
     def close(self, folder: Path, config: Path, card: Card) -> Closed:
         """For `solve_folder`."""
         dense = load_model(str(self.source.folder))
         small = load_unfinished(folder, config, type(dense))
+        place = placed_if_they_fit([dense, small], self.device)
         assert self.source.held_out is not None
-        inputs = {"input_ids": self.source.held_out.tokens[:1, :32]}
+        inputs = {"input_ids": self.source.held_out.tokens[:1, :32].to(place)}
         end = _judged(self.source, dense, small, None)
         compared = report(dense, small, inputs, command=self.source.command, rounds=10).adding(*end.sections)
         missing = reason_without(partial(write_page, compared, folder / PAGE), PAGE)

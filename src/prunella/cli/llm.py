@@ -17,14 +17,14 @@ import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
-from prunella.cli.device import only_on_cpu
+from prunella.cli.device import CPU, chosen
 from prunella.cli.llm_in_memory import in_memory
 from prunella.cli.llm_request import LLMRequest, Structure, Zeros, folder_of, llm_recipe, source_of, teller
 from prunella.cli.texts import Judging, Text, calibration_of, named, not_fitted, shared_source
 
 if TYPE_CHECKING:
     from prunella.llm import OneShot
-    from prunella.llm.streaming import Streamed
+    from prunella.llm.streaming import Forecast, Streamed
 
 
 def llm(
@@ -68,7 +68,7 @@ def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: b
     from prunella.llm.streaming.folder import solve_and_close
     from prunella.llm.streaming.progress import check_output
 
-    only_on_cpu("pruning block by block")
+    _check_one_process()
     with _joined() as speaks:
         folder, recipe, data = _read(request)
         if speaks:
@@ -82,6 +82,7 @@ def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: b
             folder, output, recipe, data=Split(data, not_fitted(folder, request.text)), memory=request.memory,
             skip=tuple(request.zeros.skip or ()), overwrite=overwrite,
             on_block=teller() if speaks else None, close=end.close if isinstance(end, FolderEnd) else None,
+            device=chosen(),
         )  # fmt: skip
     if speaks:
         _say(streamed, end.judged.record if end and end.judged else {}, as_json=as_json)
@@ -100,29 +101,33 @@ def _end(request: LLMRequest, folder: Path, data: Any) -> Any:
     if request.memory is not None and needed > parse_bytes(request.memory):
         note(f"both models together take {byte_size(needed)}, so nothing is judged at the end: use `prunella eval`")
         return None
-    return FolderEnd(source_of(request, folder, data))
+    return FolderEnd(source_of(request, folder, data), chosen())
 
 
 def _tell_forecast(request: LLMRequest, folder: Path, recipe: OneShot, data: Any) -> None:
     """One line with what the run will take."""
+    with stage("trying the first block on two batches"):
+        expected = _expected(request, folder, recipe, data)
+    note("; ".join(str(expected).splitlines()))
+
+
+def _expected(request: LLMRequest, folder: Path, recipe: OneShot, data: Any) -> Forecast:
     from prunella.llm.streaming import forecast
 
-    with stage("trying the first block on two batches"):
-        expected = forecast(folder, recipe, data=data, memory=request.memory, skip=tuple(request.zeros.skip or ()))
-    note("; ".join(str(expected).splitlines()))
+    skip = tuple(request.zeros.skip or ())
+    return forecast(folder, recipe, data=data, memory=request.memory, skip=skip, device=chosen())
 
 
 def _forecast(request: LLMRequest, *, as_json: bool) -> None:
     """Print what a run would take."""
-    from prunella.llm.streaming import forecast
-
     folder, recipe, data = _read(request)
     if not any(folder.glob("*.safetensors")):
         return _forecast_scaling(request, folder, recipe, data, as_json=as_json)
     with stage("trying the first block on two batches"):
-        expected = forecast(folder, recipe, data=data, memory=request.memory, skip=tuple(request.zeros.skip or ()))
+        expected = _expected(request, folder, recipe, data)
     peak = {**expected.peak.parts, "together": expected.peak.bytes}
-    result = {**asdict(expected), "peak": peak, "stream_on_disk": expected.peak.on_disk}
+    there = None if expected.there is None else {**expected.there.parts, "together": expected.there.bytes}
+    result = {**asdict(expected), "peak": peak, "there": there, "stream_on_disk": expected.peak.on_disk}
     emit(result, str(expected), as_json=as_json)
 
 
@@ -159,6 +164,16 @@ def _say(done: Streamed, judged: Any, *, as_json: bool) -> None:
 def _alone() -> bool:
     """Whether there is one process."""
     return int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def _check_one_process() -> None:
+    """Errors: NotSupported for several processes on an accelerator."""
+    from prunella.errors import NotSupported
+
+    if chosen() != CPU and not _alone():
+        why = "their sums go over the memory of the CPU"
+        todo = "leave --device out, or run one process"
+        raise NotSupported(f"several processes do not prune block by block on {chosen()}", why, todo)
 
 
 @contextmanager

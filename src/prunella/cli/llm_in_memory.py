@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunella.cli.console import emit, note, stage
-from prunella.cli.device import moved, only_on_cpu, placed
+from prunella.cli.device import moved, placed
 from prunella.cli.llm_request import LLMRequest, folder_of, llm_recipe, source_of, teller
 from prunella.cli.texts import calibration_of, named, not_fitted, shared_source
 
@@ -159,7 +159,6 @@ def _masked(request: LLMRequest, source: LanguageModel, split: Split) -> Job:
     if any(step.kind == "match" for step in steps):
         why = "it refits what reads a stream that was cut, and masks cut nothing"
         raise RequestError("--recover match is for --granularity", why, "recover masks by lora or distill")
-    only_on_cpu("pruning block by block")
     recipe = llm_recipe(zeros.recipe, zeros.pattern, zeros.sparsity)
     if zeros.bits is not None:
         steps = (*steps, RecoveryStep("quantize", zeros.bits))

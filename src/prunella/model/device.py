@@ -134,6 +134,22 @@ def device_is_full(error: BaseException, what: str) -> OutOfResources:
     return OutOfResources(what, why, "give smaller batches, or run on the CPU; other programs may hold the memory")
 
 
+def placed_if_they_fit(models: Iterable[nn.Module], device: torch.device | str) -> torch.device:
+    """Move models to a device, all of them or, where its memory is too small, none; returns where they are."""
+    moved = list(models)
+    try:
+        for model in moved:
+            model.to(device)
+        return torch.device(device)
+    except RuntimeError as error:
+        if not short_of_memory(error):
+            raise
+    for model in moved:
+        model.to(CPU)
+    free_cached_memory()
+    return CPU
+
+
 def halves(batch: Any) -> list[Any]:
     """Two batches of half the samples; the batch alone if it has one sample, or axes of different lengths."""
     batched = [tensor for tensor in tensors(batch) if tensor.dim()]

@@ -114,7 +114,7 @@ def solve_folder(
     """
     return solve_and_close(
         source, output, how, data=data, memory=memory, skip=skip, overwrite=overwrite, on_block=on_block, close=None,
-        device=torch.device(device),
+        device=device,
     )  # fmt: skip
 
 
@@ -129,10 +129,10 @@ def solve_and_close(
     overwrite: bool,
     on_block: OnBlock | None,
     close: Close | None,
-    device: torch.device = CPU,
+    device: torch.device | str = CPU,
 ) -> Streamed:
     """`solve_folder`. close: judges the result before it is complete, and adds to its card and record."""
-    start, folder, group = now(), followed(output), process_group()
+    start, folder, group, device = now(), followed(output), process_group(), torch.device(device)
     if group.is_main:
         clean_up_after_kill(folder)
     check_output(folder, overwrite=overwrite)
@@ -142,7 +142,7 @@ def solve_and_close(
     parts = split(data)
     calibration, drawn = as_calibration(parts.data), None
     if calibration is not None:
-        drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group)
+        drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group, device=device)
     samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else list(drawn.batches)
     run = StreamingRun(
         Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=parts.held_out, device=device

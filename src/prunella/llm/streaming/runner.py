@@ -39,7 +39,7 @@ from prunella.measure.text import byte_size
 from prunella.model.device import CPU, free_memory, synchronize
 from prunella.model.forward import forward
 from prunella.model.state import mode
-from prunella.model.trees import tensors
+from prunella.model.trees import each, tensors
 
 _SHRUNK = 3
 """Copies of a block during shrinkage: the dense replica, its dense weights, and its solved weights."""
@@ -97,6 +97,8 @@ class StreamingRun:
         self.device = device
         self.held_out = not_fitted(held_out, distributed)
         self.batches, self.data = len(data), [*distributed.shard(data), *self.held_out]
+        if device != CPU:  # the modules around the blocks run on the CPU
+            self.data = [each(batch, Tensor.cpu) for batch in self.data]
         self.tokens = sum(max((t.numel() for t in tensors(batch)), default=0) for batch in data)
         self.copies = 2 if how.refine is None and not self.held_out else 3
         """Copies of the hidden states: inputs and outputs of a block; also the dense outputs, if they are a target."""

@@ -22,6 +22,7 @@ from prunella.llm.streaming.memory import resident
 from prunella.llm.streaming.progress import WORK, folder_beside
 from prunella.llm.text import tokenizer_of
 from prunella.measure.text import byte_size
+from prunella.model.device import CPU, placed_if_they_fit
 
 FORMAT = 1
 TOKENS, TEXT = "calibration.json", "calibration.txt"
@@ -35,6 +36,7 @@ def drawn_for(
     *,
     budget: int | None,
     group: ProcessGroup,
+    device: torch.device = CPU,
 ) -> Drawn:
     """The windows of a run, the same in all processes: the first one draws them and sends them to the others.
 
@@ -44,7 +46,7 @@ def drawn_for(
     if not group.is_main:
         return _received()
     try:
-        drawn = _drawn(calibration, source, output, budget)
+        drawn = _drawn(calibration, source, output, budget, device)
     except PruningError as error:
         _send([error.what, error.why, error.todo], group)
         raise
@@ -92,7 +94,7 @@ def recorded(drawn: Drawn | None) -> dict[str, Any]:
     return {"sources": [asdict(source) for source in drawn.sources], **written}
 
 
-def _drawn(calibration: Calibration, source: Path, output: Path, budget: int | None) -> Drawn:
+def _drawn(calibration: Calibration, source: Path, output: Path, budget: int | None, device: torch.device) -> Drawn:
     own = _kept(output, calibration) if calibration.writes else None
     if not calibration.writes or own is not None:
         return calibration.draw(None, folder=source, own=own)
@@ -102,7 +104,9 @@ def _drawn(calibration: Calibration, source: Path, output: Path, budget: int | N
         raise RequestError(
             what, f"it is read whole for that, {byte_size(size)}", "pass a text file by data=, or more memory"
         )
-    return calibration.draw(load_model(str(source)), folder=source)
+    model = load_model(str(source))
+    placed_if_they_fit([model], device)
+    return calibration.draw(model, folder=source)
 
 
 def _kept(output: Path, calibration: Calibration) -> OwnText | None:
