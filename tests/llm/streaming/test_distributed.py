@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +13,7 @@ import prunella as pr
 from prunella.llm.distributed import ProcessGroup
 from prunella.recovery import hold_sharded_
 from tests.llm.streaming.models import data, read, write
+from tests.ranks import together
 
 REFINED = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=1))
 
@@ -70,40 +67,12 @@ def job(source: Path, output: Path) -> None:
     dist.destroy_process_group()
 
 
-def in_child(work: Callable[[], None], environment: dict[str, str], log: Path) -> int:
-    """The number of a forked process that does this work; what it raises is in the log."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os.environ.update(environment)
-            work()
-            os._exit(0)
-        except BaseException:
-            log.write_text(traceback.format_exc())
-        finally:
-            os._exit(1)
-    return child
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of the model in `in`. They have the variables that torchrun sets, and no new imports."""
     place = tmp_path_factory.mktemp("two")
     write(place / "in")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = [
-        in_child(
-            lambda: job(place / "in", place),
-            {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            place / f"{rank}.log",
-        )
-        for rank in range(2)
-    ]
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], [file.read_text()[-3000:] for file in place.glob("*.log")]
+    together(2, lambda: job(place / "in", place), place)
     return place
 
 

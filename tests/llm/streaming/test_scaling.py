@@ -1,16 +1,15 @@
-"""The forecast for several processes, from a configuration alone, against runs of one and of two processes."""
+"""The forecast for several processes, from a configuration alone, against runs of one, two and four processes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import prunella as pr
 from prunella.cli.app import parse_and_run
@@ -20,41 +19,32 @@ from prunella.llm.distributed import ProcessGroup
 from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.scaling import RANKS, InputGroup, Scaling, UnitCosts, forecast_scaling
 from tests.llm.streaming.models import data, write
+from tests.ranks import together
 
 COSTS = UnitCosts(1e-9, 1e-9)
 HOW = pr.llm.OneShot(pr.NM(2, 4))
-SCRIPT = """
-import json
-import sys
-from pathlib import Path
-
-import tests.conftest  # before transformers: what it does is for every process
-import torch.distributed as dist
-
-import prunella as pr
-from prunella.io.tensor_file import StoredTensor
-from tests.llm.streaming.models import data
-from tests.llm.streaming.test_scaling import HOW
-
-counted = {"read": 0, "reduced": 0, "sent": 0}
 
 
-def counting(name, function, size):
-    def call(*args, **options):
-        counted[name] += size(args[0])
-        return function(*args, **options)
-    return call
+def counted_run(source: Path, place: Path) -> None:
+    """What each process does: a run, and the bytes that it reads and sends."""
+    counted = {"read": 0, "reduced": 0, "sent": 0}
 
+    def counting(name: str, function: Any, size: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            counted[name] += size(args[0])
+            return function(*args, **options)
 
-StoredTensor.read = counting("read", StoredTensor.read, lambda stored: stored.size)
-dist.all_reduce = counting("reduced", dist.all_reduce, lambda tensor: tensor.nbytes)
-dist.broadcast = counting("sent", dist.broadcast, lambda tensor: tensor.nbytes)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-pr.llm.solve_folder(Path(sys.argv[1]), Path(sys.argv[2]) / "out", HOW, data=data(4))
-(Path(sys.argv[2]) / f"counted_{rank}.json").write_text(json.dumps(counted))
-dist.destroy_process_group()
-"""
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StoredTensor, "read", counting("read", StoredTensor.read, lambda stored: stored.size))
+        patched.setattr(dist, "all_reduce", counting("reduced", dist.all_reduce, lambda tensor: tensor.nbytes))
+        patched.setattr(dist, "broadcast", counting("sent", dist.broadcast, lambda tensor: tensor.nbytes))
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        pr.llm.solve_folder(source, place / "out", HOW, data=data(4))
+        (place / f"counted_{rank}.json").write_text(json.dumps(counted))
+        dist.destroy_process_group()
 
 
 def alone(folder: Path, kind: str) -> Path:
@@ -93,19 +83,15 @@ def test_memory_and_bytes_are_those_of_a_run_of_the_weights(
     assert expected.rows[0].reduced == expected.rows[0].sent == 0
 
 
-def test_two_processes_send_what_was_forecast(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_and_send_what_was_forecast(tmp_path: Path, processes: int) -> None:
     config = alone(tmp_path, "Llama")
-    (tmp_path / "job.py").write_text(SCRIPT)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*line, str(tmp_path / "job.py"), str(tmp_path / "full"), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    row = next(row for row in forecast(config).rows if row.processes == 2)
-    for rank in range(2):
+    together(processes, lambda: counted_run(tmp_path / "full", tmp_path), tmp_path)
+    row = next(row for row in forecast(config).rows if row.processes == processes)
+    for rank in range(processes):
         counted = json.loads((tmp_path / f"counted_{rank}.json").read_text())
         assert counted["reduced"] == row.reduced and counted["read"] == row.read
-        assert abs(counted["sent"] - row.sent) < 5000  # lists of names and records go along
+        assert abs(counted["sent"] - row.sent) < 5000 * processes / 2  # lists of names and records go along
 
 
 def test_rows_stop_at_the_batches_and_the_limits_are_said(tmp_path: Path) -> None:
