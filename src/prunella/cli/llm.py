@@ -137,7 +137,7 @@ def _forecast_scaling(request: LLMRequest, folder: Path, recipe: OneShot, data: 
 
     with stage("tracing the blocks without weights"):
         skip = tuple(request.zeros.skip or ())
-        expected = forecast_scaling(folder, recipe, data=data, memory=request.memory, skip=skip)
+        expected = forecast_scaling(folder, recipe, data=data, memory=request.memory, skip=skip, device=chosen())
     peaks = [{**row.peak.parts, "together": row.peak.bytes} for row in expected.rows]
     rows = [{**asdict(row), "peak": peak, "moved": row.moved} for row, peak in zip(expected.rows, peaks, strict=True)]
     emit({**asdict(expected), "rows": rows}, str(expected), as_json=as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +29,7 @@ from prunella.llm.streaming.texts import placeholder
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size, duration, table
 from prunella.model.batches import listed
+from prunella.model.device import CPU, synchronize
 from prunella.model.hooks import removed_after
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -51,18 +52,32 @@ class UnitCosts:
     network: float = 1e9
 
     @classmethod
-    def measured(cls, how: OneShot) -> UnitCosts:
-        """The costs on this machine, with its present threads."""
+    def measured(cls, how: OneShot, device: torch.device | str = CPU) -> UnitCosts:
+        """The costs on a device of this machine, with its present threads."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2 * _TRIAL, _TRIAL, generator=generator, device="cpu")
+        x = torch.randn(2 * _TRIAL, _TRIAL, generator=generator, device="cpu").to(device)
         gram, weight = x.T @ x, x[:_TRIAL]
-        start = now()
-        for _ in range(3):
-            x.T @ x
-        multiply = since(start) / 3 / (2 * _TRIAL**3)
-        start = now()
-        how.method(weight, gram, Element(), sparsity=0.5)
-        return cls(multiply, since(start) / (2 * _TRIAL**3))
+
+        def multiply() -> None:
+            for _ in range(3):
+                x.T @ x
+
+        def solve() -> None:
+            how.method(weight, gram, Element(), sparsity=0.5)
+
+        products, solving = (_seconds(work, device) for work in (multiply, solve))
+        return cls(products / 3 / (2 * _TRIAL**3), solving / (2 * _TRIAL**3))
+
+
+def _seconds(work: Callable[[], None], device: torch.device | str) -> float:
+    """Of work, after one call on an accelerator, which loads its code at the first one."""
+    if torch.device(device) != CPU:
+        work()
+        synchronize(device)
+    start = now()
+    work()
+    synchronize(device)
+    return since(start)
 
 
 @dataclass(frozen=True)
@@ -150,10 +165,12 @@ def forecast_scaling(
     skip: Sequence[str] = (),
     ranks: Sequence[int] = RANKS,
     costs: UnitCosts | None = None,
+    device: torch.device | str = CPU,
 ) -> Scaling:
     """Memory, bytes and time of `solve_folder` under torchrun, for each number of processes; nothing is written.
 
     source: a folder with a `config.json`; weights are not needed. Numbers above that of the batches are left out.
+    device: where the costs are measured.
     Errors: those of `solve_folder`; RequestError if a process of the last number would take more than `memory`.
     """
     source, parts = Path(source), split(data)
@@ -164,7 +181,7 @@ def forecast_scaling(
     skeleton = Skeleton(source, None)
     run = StreamingRun(source, how, samples, SINGLE_PROCESS, budget=None, skip=skip, skeleton=skeleton)
     groups = {path: input_groups(run, path) for path in run.paths}
-    costs = costs or UnitCosts.measured(how)
+    costs = costs or UnitCosts.measured(how, device)
     possible = [count for count in ranks if count <= len(samples)]
     rows = tuple(_row(run.for_processes(count), groups, costs) for count in possible)
     if memory is not None and rows and rows[-1].peak.bytes > parse_bytes(memory):
