@@ -19,7 +19,7 @@ from prunella.llm.streaming import BlockStep, runner, staged
 from prunella.llm.streaming.offload import OnDisk
 from prunella.llm.streaming.staged import CallsOn, Lane, Staged
 from tests.devices.second import DEVICE, far, near, second_device
-from tests.llm.streaming.models import data, write
+from tests.llm.streaming.models import KINDS, data, read, write
 from tests.llm.streaming.test_folder import weights
 
 ADMM = pr.llm.OneShot(pr.NM(2, 4))
@@ -45,6 +45,21 @@ def test_weights_are_those_of_the_cpu(tmp_path: Path, kind: str, recipe: str) ->
         there = pr.llm.solve_folder(tmp_path / "in", tmp_path / "there", HOW[recipe], data=data(), device=device)
     alike(tmp_path / "cpu", tmp_path / "there")
     assert any(not fit.skipped for fit in there.solving.fits)
+
+
+def test_what_a_block_makes_itself_comes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal mask that the constructor of each block computes, and that is in no file."""
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 32, "vocab_size": 64}
+    kinds = {"attention_types": [[["global", "local"], 1]], "bos_token_id": 0, "eos_token_id": 1}
+    monkeypatch.setitem(KINDS, "GPTNeo", ("ForCausalLM", {**sizes, **kinds}))
+    model = write(tmp_path / "in", "GPTNeo")
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "cpu", ADMM, data=data())
+    pr.llm.solve_(model, data()[0], ADMM, data=data())
+    again = read(tmp_path / "cpu", model).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    with second_device() as device:
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "there", ADMM, data=data(), device=device)
+    alike(tmp_path / "cpu", tmp_path / "there")
 
 
 def test_blocks_run_there_and_nothing_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

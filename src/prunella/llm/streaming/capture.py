@@ -147,7 +147,8 @@ class _Stubs:
             if self.past and seen:
                 raise Stop
             if not seen:
-                self.outputs[path] = _on_meta(path, block, call)
+                with constants_on_meta(self.model.get_submodule(path)):
+                    self.outputs[path] = _on_meta(path, block, call)
             return swap(self.outputs[path], call.hidden_states.to("meta") if self.past else call.hidden_states)
 
         return forward
@@ -175,6 +176,19 @@ class _Stubs:
         if same is None:
             self.known = [tensor, *self.known[: _KNOWN - 1]]
         return tensor if same is None else same
+
+
+@contextmanager
+def constants_on_meta(block: nn.Module) -> Iterator[None]:
+    """Inside, buffers that the constructor computed, such as a causal mask, are on the meta device as all else is."""
+    buffers = [(module._buffers, dict(module._buffers)) for module in block.modules()]
+    for current, _ in buffers:
+        current.update({name: tensor.to("meta") for name, tensor in current.items() if tensor is not None})
+    try:
+        yield
+    finally:
+        for current, before in buffers:
+            current.update(before)
 
 
 def _on_meta(path: str, block: Callable[..., Any], call: BlockCall) -> Any:
@@ -205,7 +219,7 @@ class _TwoArguments(nn.Module):
 def layers_of(model: nn.Module, path: str, call: BlockCall, skip: Sequence[str]) -> dict[Layer, bool]:
     """The layers of a block, traced without data, by their names in the model, and whether each routes to experts."""
     # The dtype does not matter without values, and torch has the grouped product of experts in bfloat16 alone there.
-    block = copied(model.get_submodule(path)).to(torch.bfloat16)
+    block = copied(model.get_submodule(path)).to("meta", torch.bfloat16)
     inputs = pytree.tree_map_only(Tensor, _to_meta, (call.args, call.kwargs))
     try:
         graph = couple(_TwoArguments(block), inputs)

@@ -22,6 +22,7 @@ from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calib
 from prunella.llm.distributed import SINGLE_PROCESS
 from prunella.llm.experts import expert_chunks, matrix_of
 from prunella.llm.recipe import OneShot
+from prunella.llm.streaming.capture import constants_on_meta
 from prunella.llm.streaming.memory import Peak, parse_bytes
 from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.skeleton import Skeleton
@@ -261,8 +262,9 @@ def _called(model: nn.Module, path: str, call: BlockCall, layers: Mapping[str, L
     modules = {entity: model.get_submodule(entity.rpartition(".")[0]) for entity in layers}
     handles = [module.register_forward_pre_hook(partial(note, entity)) for entity, module in modules.items()]
     there = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (list(call.args), call.kwargs))
-    with removed_after(handles), torch.no_grad(), suppress(RuntimeError, NotImplementedError):
-        model.get_submodule(path)(*there[0], **there[1])
+    block = model.get_submodule(path)
+    with removed_after(handles), constants_on_meta(block), torch.no_grad(), suppress(RuntimeError, NotImplementedError):
+        block(*there[0], **there[1])
     return seen
 
 
