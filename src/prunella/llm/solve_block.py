@@ -29,7 +29,7 @@ from prunella.llm.shrinkage import shrink_change_
 from prunella.measure.clock import now
 from prunella.model.autocast import autocast_off
 from prunella.model.copying import copied
-from prunella.model.device import home_of_sums
+from prunella.model.device import full_float32, home_of_sums
 from prunella.model.observed_reads import Read, Unread, View
 from prunella.model.trees import tensors
 from prunella.model.watch import Stop, Watch
@@ -279,7 +279,7 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
 
     def add(read: Read) -> None:
         nonlocal left
-        with autocast_off(read.x.device.type).entered():
+        with autocast_off(read.x.device.type).entered(), full_float32():
             for part, number in parts_read(read, layer).items():
                 for x, _ in read.columns(number) if part in total else ():
                     single = x.to(torch.promote_types(x.dtype, torch.float32))

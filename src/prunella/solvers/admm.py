@@ -11,7 +11,7 @@ from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.schedules import cubic
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linalg import damped_factor, or_identity
+from prunella.solvers.linalg import damped_factor, for_each_gram, or_identity
 from prunella.types import Gram, Mask, Saliency, Weight
 
 SAMPLE = 1 << 16
@@ -58,14 +58,8 @@ def admm(
             "the first steps raise the sparsity, the last ones fit the weights",
             "use steps=20",
         )
+    scaled, inverse, norms, used = _scaled(gram, damping)
     undamped, gram = gram, or_identity(gram)
-    _, used = damped_factor(gram.double(), damping)
-    mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    scaled = damped / torch.outer(norms, norms)
-    shifted = scaled + torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
     # Factors in float64. Steps in float32 unless the weights are finer: A + I has no eigenvalue below 1.
     working = torch.promote_types(weight.dtype, torch.float32)
     inverse, norms = inverse.to(working), norms.to(working)
@@ -81,6 +75,18 @@ def admm(
         primal = (target + sparse - dual) @ inverse
     new_weight = ((primal + dual) * mask / norms).to(weight.dtype)
     return Solved(new_weight, mask, relative_error(weight, new_weight, undamped), used)
+
+
+@for_each_gram
+def _scaled(gram: Gram, damping: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The damped matrix A for inputs of unit norm, the inverse of A + I, these norms, and the damping used."""
+    gram = or_identity(gram).double()
+    _, used = damped_factor(gram, damping)
+    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    damped = gram + used * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny) * eye
+    norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    scaled = damped / torch.outer(norms, norms)
+    return scaled, torch.cholesky_inverse(torch.linalg.cholesky(scaled + eye)), norms, used
 
 
 def _schedule_mask(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:

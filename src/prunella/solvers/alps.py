@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from prunella.granularity import Element
 from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linalg import damped_factor, or_identity
+from prunella.solvers.linalg import damped_factor, for_each_gram, or_identity
 from prunella.solvers.refit import refit
 from prunella.types import Gram, Mask, Weight
 
@@ -60,23 +61,40 @@ def alps(
     checked(weight, gram, pattern, sparsity)
     if steps < 1:
         raise RequestError(f"steps={steps} is out of range", "at least one step is needed", "use steps=300")
-    tiny = torch.finfo(torch.float64).tiny
-    undamped, gram = gram, or_identity(gram)
-    _, used = damped_factor(gram.double(), damping)
-    damped = gram.double().clone()
-    damped.diagonal().add_(used * gram.double().diagonal().mean().clamp_min(tiny))
-    norms = damped.diagonal().sqrt()
+    spectrum = _spectrum(gram, damping)
+    undamped, gram, norms, used = gram, or_identity(gram), spectrum.norms, spectrum.damping
     goal, active_inputs = weight.double() * norms, gram.diagonal() > 0
-    solution, mask = _alternate(goal, damped / torch.outer(norms, norms), active_inputs, pattern, sparsity, steps)
+    solution, mask = _alternate(goal, spectrum, active_inputs, pattern, sparsity, steps)
     result = refit(weight, gram, mask, start=solution / norms, damping=used)
     return result if undamped is gram else replace(result, error=relative_error(weight, result.weight, undamped))
 
 
+class _Spectrum(NamedTuple):
+    """A damped Gram matrix for inputs of unit norm, its eigenvalues and eigenvectors, these norms, and the damping."""
+
+    scaled: Gram
+    energy: Tensor
+    basis: Tensor
+    norms: Tensor
+    damping: float
+
+
+@for_each_gram
+def _spectrum(gram: Gram, damping: float) -> _Spectrum:
+    damped = or_identity(gram).double().clone()
+    _, used = damped_factor(damped, damping)
+    damped.diagonal().add_(used * damped.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
+    norms = damped.diagonal().sqrt()
+    scaled = damped / torch.outer(norms, norms)
+    energy, basis = torch.linalg.eigh(scaled)
+    return _Spectrum(scaled, energy, basis, norms, used)
+
+
 def _alternate(
-    goal: Tensor, scaled: Gram, active_inputs: Tensor, pattern: Pattern, sparsity: float, steps: int
+    goal: Tensor, spectrum: _Spectrum, active_inputs: Tensor, pattern: Pattern, sparsity: float, steps: int
 ) -> tuple[Tensor, Mask]:
     """Weights and mask for inputs of unit norm. Weights of inactive inputs (always zero) are removed first."""
-    energy, basis = torch.linalg.eigh(scaled)
+    scaled, energy, basis = spectrum.scaled, spectrum.energy, spectrum.basis
     target, rho = goal @ scaled, 0.1
     mask = project(goal.abs() * active_inputs, pattern, sparsity)
     sparse, dual, previous = goal * mask, torch.zeros_like(goal), mask

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, MutableMapping
+from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.types import Gram
 
 log = logging.getLogger(__name__)
+Factors = TypeVar("Factors")
 SMALLEST = 1e-12
 """First damping tried when the matrix is singular, relative to its mean diagonal."""
 SINGULAR = 1e-13
@@ -36,6 +41,27 @@ def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
                 log.warning("a Gram matrix of %d inputs is singular: damping %g, not %g", len(gram), damping, requested)
             return factor, damping
         damping = max(10 * damping, SMALLEST)
+
+
+def for_each_gram(factors: Callable[[Gram, float], Factors]) -> Callable[[Gram, float], Factors]:
+    """The function of a Gram matrix and a damping, computed once for all layers that read one input.
+
+    Its last result is kept while the matrix is alive and unchanged, and must not be written to.
+    """
+    known: MutableMapping[Gram, tuple[tuple[int, float], Factors]] = WeakTensorKeyDictionary()
+
+    @wraps(factors)
+    def shared(gram: Gram, damping: float) -> Factors:
+        if gram.is_inference():  # torch does not count the writes to it
+            return factors(gram, damping)
+        state = gram._version, damping
+        kept = known.get(gram)
+        if kept is None or kept[0] != state:
+            known.pop(gram, None)  # before the next, which would be a second one in memory
+            kept = known[gram] = state, factors(gram, damping)
+        return kept[1]
+
+    return shared
 
 
 def or_identity(gram: Gram) -> Gram:

@@ -12,7 +12,7 @@ from prunella.granularity import NM, Block, Element
 from prunella.model.device import full_float32
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linalg import damped_factor, or_identity
+from prunella.solvers.linalg import damped_factor, for_each_gram, or_identity
 from prunella.types import Gram, Mask, Saliency, Weight
 
 Settle = Callable[[Tensor, int], Tensor]
@@ -66,15 +66,21 @@ def by_columns(
     """Weights, mask and the damping used; `settle` gives the values of the kept weights of a column."""
     if block < 1:
         raise RequestError(f"block={block} has no columns", "at least one is needed", "use block=128")
+    upper, used = _inverse_factor(gram, damping)
     gram = or_identity(gram)
-    factor, used = damped_factor(gram.double(), damping)
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     current = weight.double().clone()
     mask = torch.ones_like(current, dtype=torch.bool)
     pivots = torch.where(gram.diagonal() > 0, upper.diagonal(), torch.inf)  # weights of zero inputs are removed first
     for start, stop in _spans(current.shape[1], block, pattern):
         _columns(current, mask, upper, pivots, slice(start, stop), pattern, sparsity, settle)
     return (current * mask).to(weight.dtype), mask, used
+
+
+@for_each_gram
+def _inverse_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
+    """The upper Cholesky factor of the inverse, and the damping used."""
+    factor, used = damped_factor(or_identity(gram).double(), damping)
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True), used
 
 
 def _spans(columns: int, block: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
