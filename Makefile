@@ -30,14 +30,16 @@ test: $(VENV)/.stamp-test ## run all tests (about 13 minutes on two cores; stopp
 	$(SAY) "running the tests"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n 2 --dist worksteal --session-timeout=3000
 
-check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports
+check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports, spelling and words of what is read
 	$(SAY) "ruff check and format"
 	$(BIN)/ruff check src tests docs benchmarks examples
 	$(BIN)/ruff format --check src tests docs benchmarks examples
 	$(SAY) "mypy --strict"
 	$(BIN)/mypy
-	$(SAY) "order of imports"
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(SAY) "order of imports, words"
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_words.py
+	$(SAY) "spelling"
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src examples benchmarks
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(SAY) "building the documentation into site/"
@@ -120,7 +122,7 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-base
 	@touch $@
 
 $(VENV)/.stamp-check: $(VENV)/.stamp-test
-	$(SAY) "installing ruff and mypy"
+	$(SAY) "installing ruff, mypy and codespell"
 	$(INSTALL) -e '.[check]'
 	@touch $@
 
