@@ -13,7 +13,7 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs examples bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
+.PHONY: help install demo test check docs examples notebooks bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 17
@@ -32,14 +32,14 @@ test: $(VENV)/.stamp-test ## run all tests (about 13 minutes on two cores; stopp
 
 check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports, spelling and words of what is read
 	$(SAY) "ruff check and format"
-	$(BIN)/ruff check src tests docs benchmarks examples
-	$(BIN)/ruff format --check src tests docs benchmarks examples
+	$(BIN)/ruff check src tests docs benchmarks examples notebooks
+	$(BIN)/ruff format --check src tests docs benchmarks examples notebooks
 	$(SAY) "mypy --strict"
 	$(BIN)/mypy
 	$(SAY) "order of imports, words"
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_words.py
 	$(SAY) "spelling"
-	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src examples benchmarks
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src examples notebooks benchmarks
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(SAY) "building the documentation into site/"
@@ -48,6 +48,10 @@ docs: $(VENV)/.stamp-docs ## build the documentation into site/
 examples: $(VENV)/.stamp-test ## run the scripts of examples/ (about a quarter of an hour)
 	@for script in $(EXAMPLES); do printf '\n== %s\n' "$$script"; \
 	  OMP_NUM_THREADS=2 $(BIN)/python "$$script" || exit 1; done
+
+notebooks: $(VENV)/.stamp-notebooks ## execute the notebooks into build/notebooks/, with their plots (three minutes)
+	$(SAY) "executing the notebooks"
+	OMP_NUM_THREADS=2 $(BIN)/python notebooks/run.py
 
 bench: $(VENV)/.stamp-bench ## compare with Torch-Pruning on the same weights and budget (long)
 	$(SAY) "running benchmarks/"
@@ -129,6 +133,11 @@ $(VENV)/.stamp-check: $(VENV)/.stamp-test
 $(VENV)/.stamp-docs: $(VENV)/.stamp-base
 	$(SAY) "installing mkdocs"
 	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.stamp-notebooks: $(VENV)/.stamp-base
+	$(SAY) "installing what the notebooks need"
+	$(INSTALL) -e '.[notebooks]'
 	@touch $@
 
 $(VENV)/.stamp-bench: $(VENV)/.stamp-base
