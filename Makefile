@@ -13,10 +13,10 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs examples notebooks bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
+.PHONY: help install demo test check docs accessibility examples notebooks bench mutants kernels fuzz faults wheel gpu gpu-wheels clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 17
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1 \t\2/' | expand -t 20
 
 install: $(VENV)/.stamp-base ## install prunella into .venv
 	$(SAY) "prunella is in $(BIN); try: $(BIN)/prunella --help"
@@ -44,6 +44,13 @@ check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports, spelling a
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(SAY) "building the documentation into site/"
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+accessibility: docs ## read the built site with axe-core in a headless Chromium (needs chromium and npm; ten minutes)
+	$(SAY) "reading the site with axe-core"
+	@command -v chromium >/dev/null && command -v npm >/dev/null || { \
+	  echo "chromium and npm are needed; on Debian: apt install chromium npm" >&2; exit 1; }
+	mkdir -p build/axe && cd build/axe && npm pack --silent axe-core && tar xzf axe-core-*.tgz
+	$(BIN)/python docs/accessibility.py build/axe/package/axe.min.js
 
 examples: $(VENV)/.stamp-test ## run the scripts of examples/ (about a quarter of an hour)
 	@for script in $(EXAMPLES); do printf '\n== %s\n' "$$script"; \

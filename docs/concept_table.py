@@ -88,7 +88,7 @@ def _section_faults(row: Concept) -> list[str]:
 
 def table(rows: list[Concept]) -> str:
     """The rows as Markdown."""
-    lines = ["| | concept | in | proven by |", "| --- | --- | --- | --- |"]
+    lines = ["| number | concept | in | proven by |", "| --- | --- | --- | --- |"]
     for row in rows:
         functions = ", ".join(f"`{name.removeprefix('prunella.')}`" for name in row.functions)
         tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in row.tests)
