@@ -46,8 +46,8 @@ def violations(page: Path, axe: Path, chromium: str, scheme: int) -> list[tuple[
     copy.write_text(page.read_text(encoding="utf-8").replace("</body>", run + "</body>"), encoding="utf-8")
     try:
         line = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-                f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=30000", "--window-size=1280,900",
-                "--dump-dom", copy.as_uri()]  # fmt: skip
+                f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=30000",
+                "--window-size=1280,900", "--dump-dom", copy.as_uri()]  # fmt: skip
         done = subprocess.run(line, capture_output=True, text=True, timeout=180)
     finally:
         copy.unlink()
