@@ -243,7 +243,9 @@ def dense_cut_recovered() -> str:
         parts += [text(x + 66, 246, f"recall {quality:.3f}")]
         if place:
             parts += [arrow(x - 22, 90, x - 2, 90)]
-    label = "A network dense, cut to half of its multiply-adds with less recall, and recovered to the recall that it had"
+    label = (
+        "A network dense, cut to half of its multiply-adds with less recall, and recovered to the recall that it had"
+    )
     return card(264, label, parts)
 
 
