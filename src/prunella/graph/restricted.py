@@ -86,7 +86,7 @@ def _repeated(along: Sequence[Along]) -> dict[str, Callable[[int], Along | None]
 def _repeats(steps: tuple[list[Along | None], int, int], number: int) -> Along | None:
     """steps: all calls of the example, how many come before a loop, and how many its step has."""
     calls, first, length = steps
-    return None if number < len(calls) else calls[first + (number - first) % length]
+    return calls[first + (number - first) % length]
 
 
 def _steps(calls: Sequence[Along]) -> tuple[list[Along | None], int, int]:
