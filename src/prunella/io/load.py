@@ -29,6 +29,7 @@ from prunella.io.kind_of_path import described_path, kind_of, refuse_other_kind
 from prunella.io.source_card import card_of_gguf
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.unwrap import unwrap
 from prunella.model.user_code import call_user, user_error
 
@@ -50,7 +51,7 @@ _kept_libraries: list[Any] = []
 def load_model(
     spec: str, *, weights: str | None = None, key: str = "", allow_pickle: bool = False, tell: Tell = log.info
 ) -> nn.Module:
-    """The model that `spec` names, in eval mode, with finite weights.
+    """The bare model that `spec` names, in eval mode, with finite weights, also from a factory that wraps it.
 
     weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names. key: the entry
     of a checkpoint that holds its weights. tell: receives a line on the entry and the names read from the checkpoint.
@@ -63,7 +64,7 @@ def load_model(
     elif key:
         raise RequestError(f"there are no weights for --weights-key {key}", "", "give --weights FILE (weights=) too")
     check_finite(model)
-    return model.eval()
+    return with_plain_weights(model).eval()
 
 
 def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
