@@ -142,9 +142,17 @@ def call_user(function: Callable[..., Any], spec: str, *args: Any, **kwargs: Any
     except PruningError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and not args and not kwargs and _not_entered(error):
+            todo = "give a function that takes no arguments, and passes them on itself"
+            raise BadInput(f"{spec} cannot be called", one_line(error), todo) from error
         if raised_by_user(error, at_boundary=True):
             raise user_error(error, f"{spec} failed") from error
         raise
+
+
+def _not_entered(error: BaseException) -> bool:
+    """Whether a call failed before the function ran, since its arguments do not fit; the first frame is the caller."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def as_user_function(function: Callable[..., Any], spec: str) -> Callable[..., Any]:
