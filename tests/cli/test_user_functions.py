@@ -125,3 +125,65 @@ def test_a_maker_that_fails_fails_its_cells(prunella: Run, job: str, caplog: pyt
     )  # fmt: skip
     assert result.code != 70 and "no such seed" in result.out + result.err
     assert "in seeded" in caplog.text
+
+
+REFUSES = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        if x.shape[0] != 3:
+            raise ValueError("three rows, please")
+        return self.b(torch.relu(self.a(x)))
+"""
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect"])
+def test_the_words_of_a_model_that_refuses_are_told(
+    prunella: Run, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{verb}_refuses.py").write_text(REFUSES)
+    target = ("--target", "macs=0.5", "-o", "out") if verb == "plan" else ()
+    result = prunella(verb, f"{verb}_refuses.py:Net", "--inputs", "2x8", *target)
+    assert result.code == 3 and "three rows, please" in result.err and "in forward" in result.err
+    assert "give inputs" not in result.err and "Linear(" not in result.err
+    assert prunella(verb, f"{verb}_refuses.py:Net", "--inputs", "3x8", *target).code == 0
+
+
+NEEDS = """
+import torch
+from torch import nn
+
+def wide(width, *, seed):
+    return nn.Linear(8, width)
+
+def fitting(width=16):
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
+
+def inner():
+    return wide(3)
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+"""
+
+
+@pytest.mark.parametrize(("name", "missing"), [("wide", "wide() missing 1 required"), ("Net", "'width'")])
+def test_a_factory_with_arguments_is_told_what_to_give(
+    prunella: Run, name: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"needs_{name}.py").write_text(NEEDS)
+    result = prunella("plan", f"needs_{name}.py:{name}", *HALF, "-o", "out")
+    assert result.code == 3 and missing in result.err and "fix it there" not in result.err
+    assert "give a function that takes no arguments" in result.err
+    assert prunella("plan", f"needs_{name}.py:fitting", *HALF, "-o", "out").code == 0
+    inner = prunella("plan", f"needs_{name}.py:inner", *HALF, "-o", "out")
+    assert inner.code == 3 and "in inner: return wide(3)" in inner.err and "fix it there" in inner.err

@@ -193,3 +193,65 @@ def test_weights_two_levels_down_and_counters_that_old_files_lack(tmp_path: Path
     with pytest.raises(BadInput, match="no tensors"):
         torch.save({"optimizer": of_training(convnet())["optimizer"]}, tmp_path / "x.pt")
         load_weights(convnet(), tmp_path / "x.pt", allow_pickle=True)
+
+
+def sharded(state: dict[str, Tensor], folder: Path) -> Path:
+    """Two files of safetensors and their index."""
+    folder.mkdir()
+    names = sorted(state)
+    files = {name: f"model-0000{1 + k % 2}-of-00002.safetensors" for k, name in enumerate(names)}
+    for file in {*files.values()}:
+        save_file({name: state[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("index", [False, True])
+def test_sharded_weights_are_given_as_their_folder_or_their_index(prefix: str, index: bool, tmp_path: Path) -> None:
+    source = trained()
+    folder = sharded(prefixed(prefix, source.state_dict()), tmp_path / "weights")
+    model = convnet()
+    load_weights(model, folder / "model.safetensors.index.json" if index else folder)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BadInput, match="model-00002-of-00002"):
+        load_weights(convnet(), folder)
+
+
+def test_weights_that_are_an_adapter_are_named_with_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"lora_A.weight": torch.ones(2)}, file)
+    for given in (tmp_path, file):
+        with pytest.raises(NotSupported, match="LORA adapter") as caught:
+            load_weights(convnet(), given)
+        assert "'a/b'" in caught.value.why
+    save_file(trained().state_dict(), tmp_path / "merged.safetensors")
+    load_weights(convnet(), tmp_path / "merged.safetensors")
+
+
+def test_a_misspelt_name_is_told_with_the_near_one_and_a_cut_file_is_no_matter_of_its_content(tmp_path: Path) -> None:
+    state = trained().state_dict()
+    state["0.weigth"] = state.pop("0.weight")
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(BadInput, match="does not fit") as caught:
+        load_weights(convnet(), tmp_path / "c.pth", allow_pickle=True)
+    assert "0.weight: did you mean 0.weigth?" in caught.value.todo
+    (tmp_path / "half.pth").write_bytes((tmp_path / "c.pth").read_bytes()[:900])
+    with pytest.raises(BadInput, match="truncated or damaged") as caught:
+        load_weights(convnet(), tmp_path / "half.pth", allow_pickle=True)
+    assert caught.value.todo == "fetch or write it again"
+
+
+def test_weights_of_a_model_under_torchs_pruning(tmp_path: Path) -> None:
+    def pruned(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        torch.nn.utils.prune.random_unstructured(model[0], "weight", 0.5)
+        return model
+
+    source, model, x = pruned(1), pruned(2), torch.randn(3, 4)
+    torch.save(source.state_dict(), tmp_path / "c.pth")
+    load_weights(model, tmp_path / "c.pth", allow_pickle=True)
+    assert torch.equal(model(x), source(x))

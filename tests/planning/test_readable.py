@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import NotSupported, PruningError, TargetMissed
 from prunella.model.forward import outputs_of
-from prunella.planning.readable import reads_itself
+from prunella.planning.parts import reads_itself
 
 hf: Any = pytest.importorskip("transformers")
 

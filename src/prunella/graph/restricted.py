@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Restricted(TorchFunctionMode):
             self.at.setdefault((call.name, call.number), []).append(call)
         self.narrowed = any(call.name == SIZE for call in along)
         self.repeated = _repeated(along)
-        self.widths: dict[str, int] = {}
+        self.widths: dict[tuple[str, int], int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = called(func)
@@ -36,9 +37,9 @@ class Restricted(TorchFunctionMode):
             args, kwargs = _plain(args, name in CALCULATES), _plain(kwargs or {}, name in CALCULATES)
         number, kwargs = self.count[name], kwargs or {}
         self.count[name] += 1
-        for call in self.at.get((name, number)) or self._further(name, args):
+        for call in self.at.get((name, number)) or self._further(name, number, args):
             kept = call.kept.to(args[0].device)
-            self.widths.setdefault(name, args[0].shape[_axis_of(call)])
+            self.widths.setdefault((name, call.number), args[0].shape[_axis_of(call)])
             if name in _CHOICES:
                 removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
                 removed[kept] = False
@@ -51,12 +52,12 @@ class Restricted(TorchFunctionMode):
                 return _normed(func, args, kwargs, kept)
         return func(*args, **kwargs)
 
-    def _further(self, name: str, args: Any) -> Sequence[Along]:
-        """A call beyond those of the example, from a loop over a longer input; all calls of the name there agree."""
-        call = self.repeated.get(name)
+    def _further(self, name: str, number: int, args: Any) -> Sequence[Along]:
+        """A call beyond those of the example, of a loop over a longer input, as the calls of the name repeat."""
+        call = self.repeated[name](number) if name in self.repeated else None
         if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= max(0, _axis_of(call)):
             return ()
-        return (call,) if args[0].shape[_axis_of(call)] == self.widths.get(name) else ()
+        return (call,) if args[0].shape[_axis_of(call)] == self.widths.get((name, call.number)) else ()
 
     def _sizes(self, answer: Any, dim: int | None = None) -> Any:
         """The sizes; in a calculation they are numbers of kept positions."""
@@ -74,12 +75,37 @@ class Restricted(TorchFunctionMode):
         return narrowed[0] if dim is not None else torch.Size(narrowed)
 
 
-def _repeated(along: Sequence[Along]) -> dict[str, Along]:
-    """Name -> its call, if all calls of the name in the run on the example are along the same positions."""
+def _repeated(along: Sequence[Along]) -> dict[str, Callable[[int], Along | None]]:
+    """Name -> the call of the example that a later number repeats; None for one that no cut reaches."""
     calls: dict[str, list[Along]] = {}
     for call in along:
         calls.setdefault(call.name, []).append(call)
-    return {name: same[0] for name, same in calls.items() if name != SIZE and _alike(same)}
+    return {name: partial(_repeats, _steps(same)) for name, same in calls.items() if name != SIZE and _single(same)}
+
+
+def _repeats(steps: tuple[list[Along | None], int, int], number: int) -> Along | None:
+    """steps: all calls of the example, how many come before a loop, and how many its step has."""
+    calls, first, length = steps
+    return calls[first + (number - first) % length]
+
+
+def _steps(calls: Sequence[Along]) -> tuple[list[Along | None], int, int]:
+    """The calls of a name by number, the start of a loop that runs to the last one, and the calls of its step.
+
+    The loop runs at least twice, and as many calls as possible belong to it. Without such a loop all calls are one
+    step.
+    """
+    at = {call.number: call for call in calls}
+    row = [at.get(number) for number in range(calls[0].calls or len(calls))]
+    found = [(_start(row, length), length) for length in range(1, len(row) // 2 + 1)]
+    start, length = min(((k, length) for k, length in found if k + 2 * length <= len(row)), default=(0, len(row)))
+    return row, start, length
+
+
+def _start(row: Sequence[Along | None], length: int) -> int:
+    """From which number on the calls repeat with this length, to the last one."""
+    differ = [k for k in range(len(row) - length) if not _same(row[k], row[k + length])]
+    return max(differ, default=-1) + 1
 
 
 def _axis_of(call: Along) -> int:
@@ -87,10 +113,16 @@ def _axis_of(call: Along) -> int:
     return call.axis if call.name in {*_CHOICES, *_STATISTICS, *_INSIDE} else -1
 
 
-def _alike(calls: Sequence[Along]) -> bool:
-    first, numbers = calls[0], sorted(call.number for call in calls)
-    alike = all(_axis_of(call) == _axis_of(first) and torch.equal(call.kept, first.kept) for call in calls)
-    return alike and numbers == list(range(first.calls or len(numbers)))
+def _single(calls: Sequence[Along]) -> bool:
+    """Whether each call is along one axis, and within the calls of the example."""
+    numbers = {call.number for call in calls}
+    return len(numbers) == len(calls) and max(numbers) < (calls[0].calls or len(calls))
+
+
+def _same(one: Along | None, other: Along | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return _axis_of(one) == _axis_of(other) and torch.equal(one.kept, other.kept)
 
 
 class _Narrowed(int):

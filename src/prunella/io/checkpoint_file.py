@@ -42,8 +42,8 @@ def load_tensors_only(file: Path) -> Any:
         if unknown := _UNKNOWN.search(str(error)):
             raise BadInput(what, f"it holds a pickled {unknown[1]}", todo) from None
         if "weights_only" in str(error):  # torch's advice is to read it with all that it may run
-            error = ValueError("torch finds no tensors and plain data in it")
-        raise unreadable(error, file, what, todo) from None
+            raise unreadable(ValueError("torch finds no tensors and plain data in it"), file, what, todo) from None
+        raise unreadable(error, file, what, "fetch or write it again") from None
     for name, tensor in _tensors(value, what):
         _check(tensor, name, what)
     return value

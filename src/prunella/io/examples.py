@@ -14,7 +14,7 @@ from prunella.errors import BadInput, RequestError
 from prunella.io.exported import load_exported
 from prunella.model.forward import forward
 from prunella.model.trees import tensors
-from prunella.model.user_code import call_user
+from prunella.model.user_code import advice_on, call_user
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 _SHAPE = re.compile(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
@@ -177,5 +177,5 @@ def check_forward(model: nn.Module, inputs: Inputs) -> None:
             call_user(lambda: forward(model, inputs), "the model")
     except (BadInput, RequestError) as error:
         give = f"give inputs that the model takes, for example --inputs {shape_for(model)}"
-        todo = f"{give}: its first layer is {_first(model)}"
+        todo = advice_on(error.__cause__ or error, f"{give}: its first layer is {_first(model)}")
         raise BadInput(f"the model fails on the example input {said}", error.why, todo) from error

@@ -27,8 +27,9 @@ from prunella.io.files import new_folder
 from prunella.io.json import read_config
 from prunella.io.kind_of_path import described_path, kind_of, refuse_other_kind
 from prunella.io.source_card import card_of_gguf
-from prunella.io.tensor_file import open_tensors, read_folder
+from prunella.io.tensor_file import INDEX, open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.unwrap import unwrap
 from prunella.model.user_code import call_user, user_error
 
@@ -50,10 +51,11 @@ _kept_libraries: list[Any] = []
 def load_model(
     spec: str, *, weights: str | None = None, key: str = "", allow_pickle: bool = False, tell: Tell = log.info
 ) -> nn.Module:
-    """The model that `spec` names, in eval mode, with finite weights.
+    """The bare model that `spec` names, in eval mode, with finite weights, also from a factory that wraps it.
 
-    weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names. key: the entry
-    of a checkpoint that holds its weights. tell: receives a line on the entry and the names read from the checkpoint.
+    weights: a safetensors file, a folder of them or its index, or `pretrained` for the published weights of timm and
+    torchvision names. key: the entry of a checkpoint that holds its weights. tell: receives a line on the entry and the
+    names read from the checkpoint.
     Errors: RequestError for an unknown name, BadInput for a factory that raises or broken files.
     """
     pretrained = weights == "pretrained"
@@ -63,7 +65,7 @@ def load_model(
     elif key:
         raise RequestError(f"there are no weights for --weights-key {key}", "", "give --weights FILE (weights=) too")
     check_finite(model)
-    return model.eval()
+    return with_plain_weights(model).eval()
 
 
 def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
@@ -355,7 +357,7 @@ def load_weights(
 
     key, tell: as for `load_model`.
     """
-    own = unwrap(model).state_dict(keep_vars=True)
+    own = unwrap(model, computed=True).state_dict(keep_vars=True)
     state = pick_weights(_read(file, allow_pickle=allow_pickle), own, where=str(file), key=key, tell=tell)
     missing = [name for name in own if name not in state and not _tied_to(own, name, state)]
     if missing and all(name.rpartition(".")[2] == "num_batches_tracked" for name in missing):
@@ -365,7 +367,9 @@ def load_weights(
     if missing or extra:
         parts = [f"{len(missing)} missing: {', '.join(missing[:3])}"] if missing else []
         parts += [f"{len(extra)} unknown: {', '.join(extra[:3])}"] if extra else []
-        raise BadInput(f"{file} does not fit the model", "; ".join(parts), "give the weights of this architecture")
+        near = [f"{name}: {said}" for name in missing[:1] if (said := near_names(name, extra, 0.8))]
+        todo = "; ".join([*near, "give the weights of this architecture"])
+        raise BadInput(f"{file} does not fit the model", "; ".join(parts), todo)
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             why = f"{name} is {tuple(tensor.shape)} in the file and {tuple(own[name].shape)} in the model"
@@ -381,6 +385,11 @@ def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) 
 
 
 def _read(file: Path, *, allow_pickle: bool) -> Any:
+    folder = file if file.is_dir() else file.parent
+    if file.is_dir() or file.name.startswith("adapter_model."):
+        check_no_adapter(folder)
+    if (file.is_dir() and any(file.glob("*.safetensors"))) or (file.is_file() and file.name == INDEX):
+        return {name: stored.read() for name, stored in read_folder(folder).items()}
     if not file.is_file():
         why = described_path(file) if os.path.lexists(file) else "the file does not exist"
         raise BadInput(f"no weights at {file}", why, "give --weights FILE.safetensors (weights=)")

@@ -21,6 +21,7 @@ from prunella.errors import BadInput, MissingExtra, RequestError, out_of_resourc
 from prunella.io.json import decode, encode
 from prunella.io.load import import_module, is_file_spec, load_object
 from prunella.model.rng import seeded
+from prunella.model.torch_masks import with_plain_weights
 
 Factory = str | Callable[..., nn.Module]
 Builder = Callable[[], nn.Module]
@@ -69,7 +70,7 @@ def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> B
 
 
 def build_empty(build: Builder) -> nn.Module:
-    """The model on the meta device, or on the CPU if its constructor needs data."""
+    """The bare model on the meta device, or on the CPU if its constructor needs data."""
     from prunella.io.state import has_stray_meta
 
     with _in_quiet():
@@ -77,13 +78,13 @@ def build_empty(build: Builder) -> nn.Module:
             with torch.device("meta"):
                 model = build()
             if isinstance(model, nn.Module) and not has_stray_meta(model):
-                return model
+                return with_plain_weights(model)
         except Exception:  # a build with data shows whether it is an error of the user
             pass
         model = _call(build)
     if not isinstance(model, nn.Module):
         raise BadInput("the factory gave no model", f"it returned {type(model).__name__}", "return a torch.nn.Module")
-    return model
+    return with_plain_weights(model)
 
 
 def is_hugging_face(model: nn.Module) -> bool:

@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, PruningError, RequestError, one_line, out_of_resources
+from prunella.errors import BadInput, PruningError, RequestError, out_of_resources
 from prunella.model.trees import each, tensors
-from prunella.model.user_code import raised_by_user
+from prunella.model.user_code import advice_on, raised_by_user, told
 
 
 class BatchIterator(Iterator[Any]):
@@ -104,10 +104,11 @@ def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[
         number, first = place or (0, "")
         name = f"batch {number} of data=" if place else name
         why = f"it is {described(batch)}{f', batch 0 was {first}' if number else ''}; the model {_weight(model)}"
-        todo = (
+        give = (
             "give batches with the shapes, types and keys of the model's inputs, or loss= to run the model on a batch"
         )
-        raise _caught_as(type(error))(f"the model does not run on {name}", f"{why}; {one_line(error)}", todo) from error
+        what, todo = f"the model does not run on {name}", advice_on(error, give)
+        raise _caught_as(type(error))(what, f"{why}; {told(error)}", todo) from error
 
 
 def described(batch: object) -> str:

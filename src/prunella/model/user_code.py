@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import math
+import opcode
 import os
 import re
 import sysconfig
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 
-from prunella.errors import BadInput, PruningError, RequestError, out_of_resources
+from prunella.errors import BadInput, PruningError, RequestError, one_line, out_of_resources
 
 _OWN = f"{Path(__file__).parents[1]}{os.sep}"
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _INSTALLED = tuple({f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+_STANDARD = tuple({f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib", "platstdlib")})
+_RAISES = frozenset(opcode.opmap[name] for name in ("RAISE_VARARGS", "RERAISE") if name in opcode.opmap)
 _CALLS_OF_OTHERS = (f"nn{os.sep}modules{os.sep}module.py", f"utils{os.sep}data{os.sep}")
 """Files of torch that run a module or a dataset: functions that they call count as the user's, wherever installed."""
 _PASS_ON = frozenset({"__torch_function__", "__torch_dispatch__", "<lambda>"})
@@ -87,6 +90,35 @@ def raised_in_user_file(error: BaseException) -> bool:
     return bool(frames) and frames[-1].of_user
 
 
+def advice_on(error: BaseException, otherwise: str) -> str:
+    """What to do about an error of a model. otherwise: if an operation failed, for example on a wrong shape.
+
+    If a `raise` or an `assert` of the model's own code made the error, its words count: advice on shapes is false.
+    """
+    return (
+        "the model's own code refuses there: give it what it asks for, or change it" if own_check(error) else otherwise
+    )
+
+
+def own_check(error: BaseException) -> Frame | None:
+    """The function whose `raise` or `assert` made an error; None for an operation that failed, and inside torch."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    if step is None or step.tb_frame.f_code.co_code[step.tb_lasti] not in _RAISES:
+        return None
+    code = step.tb_frame.f_code
+    frame = Frame(code.co_filename, step.tb_lineno, code.co_name)
+    standard = frame.file.startswith(_STANDARD) and "site-packages" not in frame.file
+    return None if frame.own or standard or frame.file.startswith(_TORCH) else frame
+
+
+def told(error: BaseException) -> str:
+    """The type of an error, the first line of its message and the innermost line of the user's code."""
+    frame = own_check(error) or next(iter(user_frames(error)), None)
+    return f"{one_line(error)} ({frame})" if frame else one_line(error)
+
+
 def user_error(error: BaseException, what: str) -> PruningError:
     """The typed error for an error of the user's code, with the line that raised it."""
     frames = user_frames(error) or tuple(_frames(error))[::-1]
@@ -110,9 +142,17 @@ def call_user(function: Callable[..., Any], spec: str, *args: Any, **kwargs: Any
     except PruningError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and not args and not kwargs and _not_entered(error):
+            todo = "give a function that takes no arguments, and passes them on itself"
+            raise BadInput(f"{spec} cannot be called", one_line(error), todo) from error
         if raised_by_user(error, at_boundary=True):
             raise user_error(error, f"{spec} failed") from error
         raise
+
+
+def _not_entered(error: BaseException) -> bool:
+    """Whether a call failed before the function ran, since its arguments do not fit; the first frame is the caller."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def as_user_function(function: Callable[..., Any], spec: str) -> Callable[..., Any]:

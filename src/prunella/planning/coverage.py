@@ -36,6 +36,25 @@ def uncounted_work(graph: Graph) -> str:
     return not_counted(graph.uncounted, graph.hidden, sizes)
 
 
+OUTSIDE = "multiplied, but no parameters of the model"
+
+
+def not_registered(outside: Mapping[str, int], total: float) -> str:
+    """The weights that no module registers, with their share of all multiply-adds; empty if there are none."""
+    if not outside:
+        return ""
+    names = sorted(outside, key=lambda name: -outside[name])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    share = percent(sum(outside.values()) / (total or 1))
+    where = f"{', '.join(names[:_SHOWN])}{more}, {share} of the MACs"
+    return f"{OUTSIDE}: {where}; params and bytes leave them out (nn.ModuleList or nn.ParameterList holds such)"
+
+
+def unregistered_work(graph: Graph) -> str:
+    """`not_registered` for a graph."""
+    return not_registered(graph.outside, graph.macs())
+
+
 def uncovered_weights(graph: Graph, covered: Collection[str]) -> str:
     """The weights outside the covered ones, with their share of all weights; empty if there are none."""
     sizes = {name: graph.numel(name) for name in weights_of(graph)}
@@ -50,7 +69,7 @@ def uncovered_weights(graph: Graph, covered: Collection[str]) -> str:
 def of_graph(graph: Graph) -> list[str]:
     """Caveats of any plan by this graph: operations of unknown cost, and weights that masks and cuts do not reach."""
     known = {layer.entity for layer in graph.layers} | {m.entity for group in graph.groups for m in group.members}
-    return list(lines(uncounted_work(graph), uncovered_weights(graph, known)))
+    return list(lines(uncounted_work(graph), unregistered_work(graph), uncovered_weights(graph, known)))
 
 
 def unmaskable(graph: Graph) -> Iterable[Frozen]:

@@ -12,7 +12,7 @@ from prunella.allocation import uniform
 from prunella.errors import RequestError, TargetMissed
 from prunella.measure.text import percent
 from prunella.model.unwrap import unwrap
-from prunella.planning.readable import reads_itself
+from prunella.planning.parts import readable_parts
 from prunella.planning.recipe import Recipe
 from prunella.types import Keep
 
@@ -34,7 +34,7 @@ def read_by(recipe: Recipe, model: nn.Module, loadable: Loadable | None) -> Reci
     if loadable not in get_args(Loadable):
         why = f"it is one of {', '.join(get_args(Loadable))}"
         raise RequestError(f"loadable={loadable!r} names no reader", why, 'loadable="transformers"')
-    if not reads_itself(unwrap(model)):
+    if not readable_parts(unwrap(model)):
         why = f"{type(unwrap(model)).__name__} is not a model of transformers"
         raise RequestError("loadable='transformers' is for models of transformers", why, "leave loadable= out")
     return replace(recipe, equal_widths=True, allocation=uniform)

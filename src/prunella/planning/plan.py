@@ -95,6 +95,7 @@ class Plan:
             remarks=(*remarks_of(graph), *size_remarks(graph, keep)),
             caveats=coverage.lines(
                 coverage.uncounted_work(graph),
+                coverage.unregistered_work(graph),
                 coverage.uncovered_weights(graph, _cut_by(groups)) if isinstance(target, Sparsity) else "",
             ),
         )
@@ -127,7 +128,11 @@ class Plan:
             rows=rows,
             frozen=tuple(graph.frozen if frozen is None else frozen),
             remarks=(*remarks_of(graph), *emptied(rows)),
-            caveats=coverage.lines(coverage.uncounted_work(graph), coverage.uncovered_weights(graph, masks)),
+            caveats=coverage.lines(
+                coverage.uncounted_work(graph),
+                coverage.unregistered_work(graph),
+                coverage.uncovered_weights(graph, masks),
+            ),
         )
 
     @property

@@ -41,7 +41,7 @@ from prunella.planning.checks import check_finite, check_threshold, checked_targ
 from prunella.planning.loadable import KeptUnits, Loadable, costs_of_reading, read_by
 from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
-from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
+from prunella.planning.readable import Builds, Misfit, groups_at_fault, readers, undescribed
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
     GroupScores,
@@ -263,7 +263,7 @@ def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[F
 
     Widths that the configuration refuses are rounded; units that it cannot express are set aside.
     """
-    builds, faults = Builds(request.model), dict[str, str]()
+    parts, faults = readers(request.model) if request.recipe.equal_widths else {}, dict[str, str]()
     while True:
         try:
             keep, scored = _proven(request, scored)
@@ -271,11 +271,11 @@ def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[F
             if not faults:
                 raise
             raise type(error)(error.what, error.why, f"{_UNEVEN}; or {error.todo}") from error
-        misfit = undescribed(builds, request.graph, keep, request.inputs) if request.recipe.equal_widths else None
+        misfit = undescribed(request.model, parts, request.graph, keep, request.inputs)
         if misfit is None:
             return request, keep, scored.frozen
-        rounded, misfit = _rounded(request, scored, builds, misfit)
-        faults = {} if rounded else parts_at_fault(builds, request.graph, keep, request.inputs)
+        rounded, misfit = _rounded(request, scored, parts, misfit)
+        faults = {} if rounded else groups_at_fault(request.model, parts, request.graph, keep, request.inputs)
         if not rounded and not faults:
             todo = f"{_UNEVEN}; or prune other units: granularity=, only="
             raise NotSupported("plain from_pretrained would not read these widths", misfit.why, todo)
@@ -286,7 +286,9 @@ def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[F
 _UNEVEN = "leave equal_widths out: prunella.load reads any widths"
 
 
-def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) -> tuple[Request | None, Misfit]:
+def _rounded(
+    request: Request, scored: _Scored, parts: Mapping[str, Builds], misfit: Misfit
+) -> tuple[Request | None, Misfit]:
     """The request with the smallest rounding of widths that a configuration describes, or None and the misfit."""
     for step in (2, 4, 8, 16):
         round_to = math.lcm(request.recipe.round_to, step)
@@ -297,7 +299,7 @@ def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) 
             keep = _kept_units(rounded, scored)
         except TargetMissed:
             break
-        unlike = undescribed(builds, request.graph, keep, request.inputs)
+        unlike = undescribed(request.model, parts, request.graph, keep, request.inputs)
         if unlike is None:
             return rounded, misfit
         misfit = unlike

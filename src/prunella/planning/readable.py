@@ -40,14 +40,8 @@ from prunella.planning.config_search import (
     uniform_configs,
     with_tokens,
 )
+from prunella.planning.parts import call_of, merged, readable_parts
 from prunella.types import Keep
-
-
-def reads_itself(model: nn.Module) -> bool:
-    """Whether the class of the model builds it from its configuration."""
-    config: Any = getattr(model, "config", None)
-    own = callable(getattr(type(model), "from_pretrained", None))
-    return own and callable(getattr(config, "to_dict", None)) and callable(getattr(type(config), "from_dict", None))
 
 
 @dataclass(frozen=True)
@@ -58,31 +52,66 @@ class Misfit:
     refused: bool
 
 
-def undescribed(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
-    """Why no configuration describes the model cut to `keep`; None if one does, or the model has no configuration."""
-    model: Any = builds.like
+def readers(model: nn.Module) -> dict[str, Builds]:
+    """Path of a part -> models of its class, for every part that `from_pretrained` can read before a cut."""
+    plain = merged(model)
+    found = {path: Builds(plain.get_submodule(path)) for path in readable_parts(model)}
+    return {path: builds for path, builds in found.items() if _is_read(builds)}
+
+
+def _is_read(builds: Builds) -> bool:
+    dense = _shapes(builds, configuration(builds.like))
+    return dense is not None and dense.keys() == shapes_of(builds.like).keys()
+
+
+def undescribed(model: nn.Module, parts: Mapping[str, Builds], graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
+    """Why no configuration describes a part of the model cut to `keep`; None if each is described. parts: `readers`."""
     keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
-    dense = _shapes(builds, model.config.to_dict()) if keep and reads_itself(model) else None
-    if dense is None or dense.keys() != shapes_of(model).keys():
-        return None  # `from_pretrained` cannot read the dense model either
+    if not keep or not parts:
+        return None
     applied, small = changes(graph, keep), copied(model)
     change_(small, applied)
-    batch = renumber(known_only(inputs, applied.renumbered), applied.renumbered)
-    config = with_tokens(shallower(_config(model), applied.attributes, applied.lists), small.config)
-    small_shapes = shapes_of(small)
-    sizes = changed_sizes(dense, small_shapes, _pairs(model, graph, keep, applied))
-    kept = steady(small, config, batch)
-    tried, described = _Tried(builds, small_shapes), False
-    for candidate in uniform_configs(tried.shapes, config, small_shapes, sizes, kept):
-        if _same(builds.model(candidate), small, batch):
+    batch, plain = renumber(known_only(inputs, applied.renumbered), applied.renumbered), merged(small)
+    pairs = [*_pairs(model, graph, keep, applied)]
+    for path, builds in parts.items():
+        part = plain.get_submodule(path)
+        if shapes_of(part) == shapes_of(builds.like):
+            continue
+        call = call_of(small, small.get_submodule(path), batch) if path else batch
+        if call is None:
+            return Misfit(f"{path} is not called on the example, and its cut cannot be compared", refused=False)
+        config = part_configuration(builds.like, part, path, applied)
+        misfit = _misfit(
+            builds, part, config, changed_sizes(shapes_of(builds.like), shapes_of(part), iter(pairs)), call
+        )
+        if misfit is not None:
+            return misfit
+    return None
+
+
+def part_configuration(dense: Any, small: Any, path: str, applied: Changes) -> dict[str, Any]:
+    """The configuration of a part, with the depth and the tokens after the cut. path: of the part in the model."""
+    own = f"{path}:config"
+    sizes = {(":config", name): value for (owner, name), value in applied.attributes.items() if owner == own}
+    lists = {(":config", name): removed for (owner, name), removed in applied.lists.items() if owner == own}
+    return with_tokens(shallower(configuration(dense), sizes, lists), small.config)
+
+
+def _misfit(builds: Builds, small: Any, config: Mapping[str, Any], sizes: Sizes, call: Any) -> Misfit | None:
+    kept = steady(small, config, call)
+    tried, described = _Tried(builds, shapes_of(small)), False
+    for candidate in uniform_configs(tried.shapes, config, tried.wanted, sizes, kept):
+        if _same(builds.model(candidate), small, call):
             return None
         described = True
-    kind = type(model.config).__name__
+    kind = type(small.config).__name__
     why = "its model has these shapes but computes something else" if described else tried.why(config, sizes)
     return Misfit(f"no {kind} describes it: {why}", bool(tried.refusals))
 
 
-def parts_at_fault(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+def groups_at_fault(
+    model: nn.Module, parts: Mapping[str, Builds], graph: Graph, keep: Keep, inputs: Any
+) -> dict[str, str]:
     """Group name -> why its cut is not described, for groups without which the other cuts are described.
 
     Groups of all layers that are cut alike are tried together, and without the others. Empty if no cut would be left.
@@ -93,15 +122,10 @@ def parts_at_fault(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> dic
         if mask is not None and not bool(mask.all()):
             roles = sorted(member.role for member in group.members if member.role in ("in", "out"))
             sets.setdefault((group.kind, group.size, int(mask.sum()), *roles), {})[group.name] = mask
-    misfits = [(part, undescribed(builds, graph, part, inputs)) for part in sets.values()]
+    misfits = [(part, undescribed(model, parts, graph, part, inputs)) for part in sets.values()]
     wrong = {name: misfit.why for part, misfit in misfits if misfit for name in part}
     rest = {name: mask for part, misfit in misfits if not misfit for name, mask in part.items()}
-    return wrong if wrong and rest and undescribed(builds, graph, rest, inputs) is None else {}
-
-
-def _config(model: Any) -> dict[str, Any]:
-    """The configuration as plain data."""
-    return dict(json.loads(model.config.to_json_string(use_diff=False)))
+    return wrong if wrong and rest and undescribed(model, parts, graph, rest, inputs) is None else {}
 
 
 def _pairs(model: nn.Module, graph: Graph, keep: Keep, applied: Changes) -> Iterator[tuple[int, int]]:
@@ -233,6 +257,6 @@ def configuration_of(
     return next((candidate for candidate in candidates if _same(builds.model(candidate), small, batch)), None)
 
 
-def configuration(model: nn.Module) -> dict[str, Any]:
+def configuration(model: Any) -> dict[str, Any]:
     """The configuration of a model as plain data."""
-    return _config(model)
+    return dict(json.loads(model.config.to_json_string(use_diff=False)))

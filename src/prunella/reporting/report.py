@@ -32,7 +32,7 @@ from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
 from prunella.model.torch_masks import with_plain_weights
 from prunella.model.trees import own, tensors
-from prunella.planning.coverage import NOT_COUNTED, lines, not_counted
+from prunella.planning.coverage import lines, not_counted, not_registered
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
 from prunella.types import Inputs
@@ -358,8 +358,9 @@ def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> 
     calls = {name: max(one.uncounted.get(name, 0) for one in work) for one in work for name in one.uncounted}
     hidden = {name: {*work[0].hidden.get(name, ()), *work[1].hidden.get(name, ())} for name in calls}
     said = plan.caveats if plan else ()
-    counted = not_counted(calls, hidden, sizes)
-    return said if any(line.startswith(NOT_COUNTED) for line in said) else lines(counted, *said)
+    own = lines(not_counted(calls, hidden, sizes), not_registered(work[0].outside, work[0].macs))
+    subjects = {line.partition(":")[0] for line in said}
+    return (*(line for line in own if line.partition(":")[0] not in subjects), *said)
 
 
 def _processor(device: str) -> str:

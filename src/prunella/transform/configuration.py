@@ -1,12 +1,12 @@
 """`save_pretrained` of a cut model: it writes a configuration that describes the model, or refuses.
 
-Models of transformers write their configuration with the weights, also as a part of another model (a wrapper of
-sentence-transformers or peft). After a cut the configuration in memory must be that of the smaller model.
+Models of transformers write their configuration with the weights, also as a part of another model: of a user's module,
+of sentence-transformers, or under the adapters of peft. After a cut the configuration in memory must be that of the
+smaller model.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from torch import nn
 from prunella.errors import NotSupported
 from prunella.graph.trace.tracked_int import holder, size_of
 from prunella.graph.verify import SINGLE, relative_error
-from prunella.model.forward import forward, outputs_of
+from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
-from prunella.planning.config_search import changed_sizes, shallower, shapes_of, with_tokens
+from prunella.planning.config_search import changed_sizes, shapes_of
+from prunella.planning.parts import call_of, inside, merged, readable_parts
 from prunella.planning.plan import Plan
-from prunella.planning.readable import configuration, configuration_of, reads_itself
+from prunella.planning.readable import configuration, configuration_of, part_configuration
 from prunella.types import Inputs
 
 WRITER = "save_pretrained"
@@ -32,22 +33,30 @@ _BEFORE = "_prunella_configuration"
 def follow_configuration_(small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs | None) -> None:
     """Update, in place, the configuration of every part of `small` that has its own `save_pretrained`.
 
-    A part that no configuration describes refuses `save_pretrained`, with advice on what to call instead. inputs: the
-    example of the smaller model.
+    A part that no configuration describes refuses `save_pretrained`, with advice on what to call instead. A part with
+    adapters refuses until they are merged. inputs: the example of the smaller model.
     """
     if any(parameter.is_meta for parameter in small.parameters()):
         return  # without values there is nothing to write
-    for path in _writers(small):
-        part, before = small.get_submodule(path), dense.get_submodule(path)
-        for module in part.modules():
-            for name in (WRITER, _BEFORE):  # of an earlier cut
-                vars(module).pop(name, None)
-        if shapes_of(part) == shapes_of(before):
-            continue
-        batch = None if inputs is None else _call_of(small, part, inputs)
-        entries = None if batch is None else _configuration(part, before, path, plan, batch)
-        if entries is None or not _set(part, small, entries, inputs):
-            _refuse_to_write_(part)
+    _take_off_writers_(small)
+    cut = {name for name, _ in shapes_of(small).items() ^ shapes_of(dense).items()}
+    parts = [path for path in readable_parts(small) if any(inside(name, path) for name in cut)]
+    plain, plain_dense = merged(small), merged(dense)
+    described: dict[str, bool] = {}
+    for path in parts:
+        entries = _entries(small, plain.get_submodule(path), plain_dense.get_submodule(path), path, plan, inputs)
+        described[path] = entries is not None and _set(small.get_submodule(path), small, entries, inputs)
+    for path in _other_writers(small):
+        if any(inside(name, path) for name in cut):
+            whole = all(any(inside(name, part) for part in parts) for name in cut if inside(name, path))
+            held = [part for part in parts if inside(part, path)]
+            _guard_(small, path, held, plan, described=whole and all(described[part] for part in held))
+    for path in parts:
+        part, names = small.get_submodule(path), [*shapes_of(plain.get_submodule(path))]
+        if not described[path]:
+            _refuse_to_write_(part, plan)
+        elif names != [*shapes_of(part)]:
+            vars(part)[WRITER] = partial(_write_plain, part, names)
 
 
 def configuration_before(model: nn.Module) -> Mapping[str, Any] | None:
@@ -56,29 +65,32 @@ def configuration_before(model: nn.Module) -> Mapping[str, Any] | None:
     return before
 
 
-def _writers(model: nn.Module) -> list[str]:
-    """The outermost parts with their own `save_pretrained`."""
-    paths: list[str] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") or not outer for outer in paths)
-        if not inside and (reads_itself(module) or callable(getattr(type(module), WRITER, None))):
-            paths.append(path)
-    return paths
+def _take_off_writers_(model: nn.Module) -> None:
+    """Remove what an earlier cut set."""
+    for module in model.modules():
+        vars(module).pop(_BEFORE, None)
+        writer = vars(module).get(WRITER)
+        if isinstance(writer, partial) and writer.func in (_refuse, _write_plain, _write_around):
+            del vars(module)[WRITER]
 
 
-def _configuration(
-    part: nn.Module, before: nn.Module, path: str, plan: Plan, batch: Mapping[str, Any]
+def _other_writers(model: nn.Module) -> list[str]:
+    """Modules with their own `save_pretrained` that do not lie in a readable part."""
+    parts = readable_parts(model)
+    paths = [path for path, module in model.named_modules() if callable(getattr(type(module), WRITER, None))]
+    return [path for path in paths if not any(path == part or inside(path, part) for part in parts)]
+
+
+def _entries(
+    model: nn.Module, part: nn.Module, before: nn.Module, path: str, plan: Plan, inputs: Inputs | None
 ) -> dict[str, Any] | None:
-    """The configuration of the smaller part, as plain data."""
-    if not reads_itself(part):
+    """The configuration of the smaller part, as plain data. part, before: without adapters."""
+    call = None if inputs is None else call_of(model, model.get_submodule(path), inputs)
+    if call is None:
         return None
-    own = f"{path}:config"
-    sizes = {(":config", name): value for (owner, name), value in plan.attributes.items() if owner == own}
-    lists = {(":config", name): removed for (owner, name), removed in plan.changes.lists.items() if owner == own}
-    dense: Any = configuration(before)
-    config = with_tokens(shallower(dense, sizes, lists), part.config)
+    config = part_configuration(before, part, path, plan.changes)
     changes = changed_sizes(shapes_of(before), shapes_of(part), _pairs(before, path, plan))
-    return configuration_of(part, before, config, changes, batch)
+    return configuration_of(part, before, config, changes, call)
 
 
 def _pairs(before: nn.Module, path: str, plan: Plan) -> Iterator[tuple[int, int]]:
@@ -87,28 +99,13 @@ def _pairs(before: nn.Module, path: str, plan: Plan) -> Iterator[tuple[int, int]
     for (owner, name), new in plan.attributes.items():
         if owner == path or owner.startswith((prefix, f"{path}:")):
             place = owner.removeprefix(path).removeprefix(".") if path else owner
-            old = size_of(getattr(holder(before, place), name, None))
+            try:
+                old = size_of(getattr(holder(before, place), name, None))
+            except AttributeError:  # of an adapter, which is merged
+                continue
             if old is not None and isinstance(new, int):
                 yield old, new
     yield from ((row.total, row.kept) for row in plan.rows if row.kind != "block")
-
-
-def _call_of(model: nn.Module, part: nn.Module, inputs: Inputs) -> dict[str, Any] | None:
-    """The arguments of the part by name, in a pass of the model."""
-    calls: list[dict[str, Any]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        named = dict(bound.arguments)
-        for name, parameter in bound.signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                named |= named.pop(name, {})
-        calls.append(named)
-
-    handle = part.register_forward_pre_hook(note, with_kwargs=True)
-    with handle, untouched(model), torch.no_grad():
-        forward(model, inputs)
-    return calls[0] if calls else None
 
 
 def _set(part: Any, model: nn.Module, entries: Mapping[str, Any], inputs: Any) -> bool:
@@ -140,17 +137,79 @@ def _assign(config: Any, before: Mapping[str, Any], after: Mapping[str, Any]) ->
             setattr(config, key, value)
 
 
-def _refuse_to_write_(part: nn.Module) -> None:
+# -- writers -----------------------------------------------------------------------------------------------------------
+
+
+def _guard_(model: nn.Module, path: str, parts: list[str], plan: Plan, *, described: bool) -> None:
+    """Set the writer of a module around readable parts: of a wrapper that writes them, or of one with adapters."""
+    module = model.get_submodule(path)
+    if described and parts:
+        vars(module)[WRITER] = partial(_write_around, module, [model.get_submodule(part) for part in parts])
+    else:
+        _refuse_to_write_(module, plan)
+
+
+def _refuse_to_write_(part: nn.Module, plan: Plan) -> None:
     """Replace `save_pretrained` of the part, and of the modules in it, by a refusal."""
+    todo = "save it with prunella.save(model, folder, plan=plan)"
+    if merged(part) is not part:
+        todo = f"{todo} before the adapters are merged, or merge them before the plan"
+    if not (plan.recipe or {}).get("equal_widths"):
+        todo += ", or plan with equal_widths=True"
     for module in part.modules():
         if callable(getattr(type(module), WRITER, None)):
-            setattr(module, WRITER, partial(_refuse, type(part).__name__))
+            setattr(module, WRITER, partial(_refuse, type(part).__name__, todo))
 
 
-def _refuse(kind: str, *_: Any, **__: Any) -> None:
+def _refuse(kind: str, todo: str, *_: Any, **__: Any) -> None:
     raise NotSupported(
         f"save_pretrained would write a {kind} that from_pretrained cannot read",
         "no configuration of its class builds these tensors: widths differ from layer to layer, or it holds other parts"
         " than its class builds (adapters, for example)",
-        "save it with prunella.save(model, folder, plan=plan), or plan with equal_widths=True",
+        todo,
     )
+
+
+def _write_plain(part: nn.Module, names: list[str], /, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a part that had adapters. names: of its tensors without them."""
+    _check_merged(part, names, type(part).__name__)
+    return getattr(type(part), WRITER)(part, *args, **kwargs)
+
+
+def _check_merged(part: nn.Module, names: list[str], kind: str) -> None:
+    if set(names) != set(part.state_dict()):
+        raise NotSupported(
+            f"save_pretrained would write a {kind} that from_pretrained cannot read",
+            "the adapters are those of the smaller model, and the model that they name as their base is the dense one",
+            "merge them first: model.merge_and_unload().save_pretrained(folder)",
+        )
+
+
+def _write_around(module: nn.Module, parts: list[nn.Module], /, *args: Any, **kwargs: Any) -> Any:
+    """`save_pretrained` of a wrapper, which has to call that of every part that was cut. Errors: NotSupported."""
+    own = {part: vars(part).get(WRITER) for part in parts}
+    for part, writer in own.items():
+        if isinstance(writer, partial) and writer.func is _write_plain:
+            _check_merged(part, writer.args[1], type(module).__name__)
+    missing = {*parts}
+
+    def note(part: nn.Module, *inner: Any, **options: Any) -> Any:
+        missing.discard(part)
+        return getattr(type(part), WRITER)(part, *inner, **options)
+
+    for part in parts:
+        vars(part)[WRITER] = partial(note, part)
+    try:
+        written = getattr(type(module), WRITER)(module, *args, **kwargs)
+    finally:
+        for part, writer in own.items():
+            vars(part).pop(WRITER)
+            if writer is not None:
+                vars(part)[WRITER] = writer
+    if missing:
+        raise NotSupported(
+            f"save_pretrained wrote a {type(module).__name__} without the smaller model inside",
+            f"it does not call save_pretrained of its {', '.join(sorted(type(part).__name__ for part in missing))}",
+            "delete what it wrote, and call save_pretrained of the model inside",
+        )
+    return written

@@ -53,6 +53,7 @@ from prunella.model.forward import forward
 from prunella.model.state import untouched
 from prunella.model.traceable import check_traceable
 from prunella.model.unwrap import unwrap
+from prunella.model.user_code import advice_on, told
 
 
 def couple(
@@ -86,13 +87,14 @@ def couple(
 
 def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
     """The model's own error; or NotSupported, if the model runs only while it is not observed."""
-    why = one_line(error)
     try:
         with untouched(model), torch.no_grad():
             forward(model, inputs)
-    except Exception:
-        todo = "check the shape and the type of the inputs; model(inputs) raises the same without prunella"
-        return BadInput("the model does not run on the example inputs", why, todo)
+    except Exception as plain:  # the source of the model may raise anything
+        advice = advice_on(plain, "check the shape and the type of the inputs")
+        todo = f"{advice}; model(inputs) raises the same without prunella"
+        return BadInput("the model does not run on the example inputs", told(plain), todo)
+    why = one_line(error)
     what = "the model runs on the example inputs, but not while its operations are observed"
     return NotSupported(what, why, "please report the model; --program, or as_program, may help")
 
@@ -134,6 +136,7 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
         attributes=attributes,
         uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
         hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
+        outside=dict(sorted(record.outside_work.items())),
         readers=record.readers,
         unused=tuple(
             n

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Branch, Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
-from prunella.graph.sources import FORMS, Sources
+from prunella.graph.sources import FORMS, Sources, memory
 from prunella.graph.trace.call_names import RESTRICTED, SIZE
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.known_sizes import KnownSizes, origin
@@ -130,6 +130,10 @@ class Trace:
     links: list[Link] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     uncounted: dict[str, Unknown] = field(default_factory=dict)
+    outside: Mapping[int | None, str] = field(default_factory=dict)
+    """Memory -> name of a weight that is no parameter of the model, see `prunella.model.unregistered`."""
+    outside_work: Counter[str] = field(default_factory=Counter)
+    """Name of such a weight -> multiply-adds."""
     operation: str = ""
     """The name of the operation that is running."""
     use: Use | None = None
@@ -202,6 +206,8 @@ class Trace:
             dims = tuple((self.value(tensor).dims[axis], int(tensor.shape[axis])) for tensor, axis in term.sizes)
             reads = tuple(sorted(self.sources.read(term.tensors)))
             self.work.append(Work(name, self.module(), use, float(term.constant), dims, reads))
+            for weight in {memory(tensor) for tensor in term.tensors} & self.outside.keys():
+                self.outside_work[self.outside[weight]] += term.macs
 
     example: int = 0
     """The number of the example that runs."""

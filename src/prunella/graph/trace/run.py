@@ -24,6 +24,7 @@ from prunella.graph.trace.tracked_int import tracked_attributes
 from prunella.model.constants import constants
 from prunella.model.forward import forward, inputs_of, returned, states
 from prunella.model.trees import own, tensors
+from prunella.model.unregistered import unregistered
 
 
 def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
@@ -61,6 +62,7 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     record.constants = constants(model).keys() & entities.keys()
     for name, tensor in entities.items():
         record.aliases[storage_key(tensor)] = name
+    record.outside = {memory(tensor): name for name, tensor in unregistered(model).items()}
     record.shared = _overlapping({name: entities[name] for name in parameters})
     return record
 

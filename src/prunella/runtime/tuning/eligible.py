@@ -27,6 +27,7 @@ from prunella.model.observed_reads import Read, Unread
 from prunella.model.product import NotReadable, operation
 from prunella.model.reads import products, unreadable
 from prunella.model.rng import seeded
+from prunella.model.user_code import advice_on, told
 from prunella.model.watch import Watch
 from prunella.runtime.tuning.choice import Geometry, Problem
 from prunella.types import Inputs
@@ -221,10 +222,8 @@ def input_shapes(model: nn.Module, example: Inputs) -> dict[str, set[tuple[int, 
         try:
             forward(model, example)
         except Exception as error:  # the model may raise anything
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise RequestError(
-                "the model does not run on the example", why, "pass an example that the model accepts"
-            ) from error
+            todo = advice_on(error, "pass an example that the model accepts")
+            raise RequestError("the model does not run on the example", told(error), todo) from error
     return shapes
 
 
