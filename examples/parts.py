@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+
+from prunella.io.load import import_module
+
+with suppress(ImportError):  # a torchvision that does not fit this torch would keep transformers from being imported
+    import_module("torchvision")
 
 
 def options(about: str | None) -> argparse.Namespace:
