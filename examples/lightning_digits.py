@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+
+from parts import accuracy, digits, loss, network, options, train  # isort: skip (it comes before what reads torchvision)
 from lightning.pytorch import LightningModule, Trainer
-from parts import accuracy, digits, loss, network, options, train
 from torch.utils.data import DataLoader
 
 import prunella as pr
