@@ -96,6 +96,8 @@ class Sparsified:
             head = f"{head}; for one token: {outcome.first_token.verdict}{effect}"
         layout = ", channels last" if self.channels_last else ""
         why = [] if outcome.kept else [outcome.why]
+        if self.precision is not Precision.FP32 and outcome.full_model is not None:
+            head = f"{head}; outputs differ by at most {outcome.difference:.1%} of the largest ({self.precision.value})"
         return "\n".join([head, *why, f"{self.environment}{layout}", *map(str, self.layers), *map(str, self.others)])
 
 

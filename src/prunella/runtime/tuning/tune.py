@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunella.errors import PruningError
 from prunella.measure.clock import now, since
@@ -16,7 +17,7 @@ from prunella.measure.timing import Ratio, compare_latency, own_clock
 from prunella.model.device import synchronize
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import DOT_ROWS, Activation, Config, Kind, Precision
 from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.packed_cache import add_and_activate
@@ -110,7 +111,9 @@ class Tuner:
         fused: Fused = _UNFUSED,
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
-        sparsity_key = (round(density(matrix), 2), blocks_of(matrix))
+        sparsity_key: tuple[object, ...] = (round(density(matrix), 2), blocks_of(matrix))
+        if self.precision is Precision.INT8:
+            sparsity_key += tuple(round(kept, 2) for kept in kept_by_blocks(matrix).values())
         key = (tuple(weight.shape), sparsity_key, bias is None, geometry, problem, keep_dense, fused)
         if key not in self.known:
             options: Any = {"keep_dense": keep_dense, "channels_last": self.channels_last, "fused": fused}
@@ -154,6 +157,16 @@ def blocks_of(matrix: Tensor) -> int:
     return 1
 
 
+def kept_by_blocks(matrix: Tensor) -> dict[Kind, float]:
+    """The fraction of the weights that blocks of each int8 layout store: those of a block with any nonzero."""
+    rows, columns = matrix.shape
+    mask = functional.pad((matrix != 0).float(), (0, -columns % 4, 0, -rows % 4))
+    return {
+        kind: float(functional.max_pool2d(mask[None], (side, 4)).mean()) if mask.numel() else 0.0
+        for kind, side in DOT_ROWS.items()
+    }
+
+
 def configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     """The kernels to try for a matrix `(out, in)`."""
     if not library.available():
@@ -170,6 +183,8 @@ def configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Confi
     rounded = [replace(c, precision=precision) for c in exact if _gains(c.kind, precision)]
     if precision is Precision.BF16 and tokens > FEW_TOKENS:
         rounded = [*configs.half_configs(), *rounded]
+    if precision is Precision.INT8:
+        rounded = [*configs.dot_configs(kept_by_blocks(matrix), columns, tokens), *rounded]
     return list(dict.fromkeys([*rounded, *exact]))
 
 
@@ -179,7 +194,7 @@ def keep_dense_configs(matrix: Tensor, tokens: int, precision: Precision) -> lis
 
 
 def _gains(kind: Kind, precision: Precision) -> bool:
-    """Whether the precision can be faster: int8 is only where a call mainly reads weights, as in decoding."""
+    """Whether a layout that has the precision can be faster with it: int8 for a few tokens, in one layout."""
     return precision is not Precision.INT8 or kind is Kind.DECODE
 
 
@@ -208,11 +223,14 @@ def candidates(
     x = torch.randn(shape, generator=generator, device="cpu")
     if channels_last and geometry is not None:
         x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
-    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
+    int8 = () if geometry else tuple(_int8(precision))
+    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), *int8, Route.CSR]
     runs: dict[Choice, Run] = {}
     choices: list[Choice] = [*routes, *configs_for(matrix, problem.size, precision)]
+    if geometry is not None:
+        choices = [c for c in choices if not (isinstance(c, Config) and c.kind in DOT_ROWS)]
     if keep_dense:
-        choices = [Route.TORCH, *keep_dense_configs(matrix, problem.size, precision)]
+        choices = [Route.TORCH, *int8, *keep_dense_configs(matrix, problem.size, precision)]
     for choice in choices:
         run = _call(choice, weight.detach(), x, bias, geometry, layers, keep_dense=keep_dense, fused=fused)
         try:
@@ -310,6 +328,12 @@ def _onednn() -> Iterator[Route]:
     """The linear operation of oneDNN, if this build of torch has it."""
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         yield Route.ONEDNN
+
+
+def _int8(precision: Precision) -> Iterator[Route]:
+    """The dynamic int8 operation of torch, if int8 is asked for and this build of torch has it."""
+    if precision is Precision.INT8 and torch.backends.quantized.engine != "none":
+        yield Route.INT8
 
 
 def decide(
