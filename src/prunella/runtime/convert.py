@@ -66,12 +66,12 @@ def sparse(
     on a GPU yet). Run the copy without gradients (`torch.inference_mode()`); its parameters require none.
     `torch.compile` and `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
 
-    precision: BF16 and INT8 also try kernels that round. INT8 rounds the weights of linear layers and their inputs; dense
-    int8 is a candidate, for layers without zeros too; the record states the largest difference of the outputs. tokens: further numbers of tokens.
-    fuse: fuse batch norms, activations and residuals with the layer before them. Where `torch.fx` can trace the model,
-    the copy is a graph module; elsewhere only activation modules are fused. seconds: of measurement for each kind of
-    layer. Errors: RequestError for sizes out of range or an example that the model does not accept, CheckFailed if the
-    output differs.
+    precision: BF16 and INT8 also try kernels that round. INT8 rounds the weights of linear layers and their inputs.
+    Dense int8 is a candidate, for layers without zeros too. The record states the largest difference of the outputs.
+    tokens: further numbers of tokens. fuse: fuse batch norms, activations and residuals with the layer before them.
+    Where `torch.fx` can trace the model, the copy is a graph module; elsewhere only activation modules are fused.
+    seconds: of measurement for each kind of layer. Errors: RequestError for sizes out of range or an example that the
+    model does not accept, CheckFailed if the output differs.
 
     Example:
 

@@ -146,7 +146,9 @@ def dense_int8(weight: Tensor) -> Any:
     """A matrix `(out, in)` for the dynamic int8 operation of torch: a scale for each row, its largest / 127."""
     scales = weight.abs().amax(1).double().div(127).clamp_min(1e-30)
     zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
-    codes = torch.quantize_per_channel(weight.contiguous(), scales, zeros, 0, torch.qint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a later release will not have its quantized tensors
+        codes = torch.quantize_per_channel(weight.contiguous(), scales, zeros, 0, torch.qint8)
     return torch.ops.quantized.linear_prepack(codes, None)
 
 

@@ -159,10 +159,9 @@ def blocks_of(matrix: Tensor) -> int:
 
 def kept_by_blocks(matrix: Tensor) -> dict[Kind, float]:
     """The fraction of the weights that blocks of each int8 layout store: those of a block with any nonzero."""
-    rows, columns = matrix.shape
-    mask = functional.pad((matrix != 0).float(), (0, -columns % 4, 0, -rows % 4))
+    mask = (matrix != 0).float()[None]
     return {
-        kind: float(functional.max_pool2d(mask[None], (side, 4)).mean()) if mask.numel() else 0.0
+        kind: float(functional.max_pool2d(mask, (side, 4), ceil_mode=True).mean()) if mask.numel() else 0.0
         for kind, side in DOT_ROWS.items()
     }
 
@@ -332,7 +331,8 @@ def _onednn() -> Iterator[Route]:
 
 def _int8(precision: Precision) -> Iterator[Route]:
     """The dynamic int8 operation of torch, if int8 is asked for and this build of torch has it."""
-    if precision is Precision.INT8 and torch.backends.quantized.engine != "none":
+    there = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
+    if precision is Precision.INT8 and there and torch.backends.quantized.engine != "none":
         yield Route.INT8
 
 
