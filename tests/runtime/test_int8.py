@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.errors import NotSupported
 from prunella.measure.timing import Ratio
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Config, Kind, Precision
+from prunella.runtime.kernels.convolution import conv2d
 from prunella.runtime.layers import FastLinear, SparseLinear
 from prunella.runtime.packed_cache import dense_int8
 from prunella.runtime.record import LayerRecord
 from prunella.runtime.tuning import configs, tune
 from prunella.runtime.tuning.choice import Geometry, Problem, Route, Table, describe, is_dense, is_replacement
-from prunella.runtime.tuning.tune import Tuner, Verdict, candidates, configs_for, kept_by_blocks
+from prunella.runtime.tuning.tune import Tuner, Verdict, candidates, configs_for, conv_configs_for, kept_by_blocks
 
 compiled = pytest.mark.skipif(not library.available(), reason="the kernels were not built here")
 DOT = (Kind.BLOCK4X4, Kind.BLOCK2X4, Kind.BLOCK1X4)
@@ -32,9 +34,16 @@ def blocks(rows: int, columns: int, side: int, density: float = 0.3) -> Tensor:
 
 
 def layer(weight: Tensor) -> nn.Linear:
+    torch.manual_seed(0)
     made = nn.Linear(weight.shape[1], weight.shape[0]).eval()
     made.weight.data.copy_(weight)
     return made
+
+
+def two_layers() -> nn.Module:
+    """One layer without zeros, one with blocks of them."""
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+    return nn.Sequential(layer(weight), nn.ReLU(), layer(blocks(32, 48, 4))).eval()
 
 
 def dense_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,11 +97,8 @@ def test_a_dense_model_comes_back_in_dense_int8_and_says_so(
 ) -> None:
     dense_wins(monkeypatch)
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(layer(torch.randn(48, 64)), nn.ReLU(), layer(blocks(32, 48, 4))).eval(),
-        torch.randn(20, 64),
-    )
-    quick = pr.sparse(model, x, precision=Precision.INT8, seconds=0.01)
+    model, x = two_layers(), torch.randn(20, 64)
+    quick = pr.sparse(model, x, precision=Precision.INT8, seconds=0.01, fuse=False)
     assert {type(m) for m in quick.modules()} >= {FastLinear, SparseLinear}
     with torch.inference_mode():
         y, wanted = quick(x), model(x)
@@ -102,9 +108,9 @@ def test_a_dense_model_comes_back_in_dense_int8_and_says_so(
     assert record.outcome.difference == pytest.approx(difference, rel=1e-3)
     assert "2 of 2 layers skip their zeros, but 2 of them run dense int8" in str(record)
     assert f"outputs differ by at most {difference:.1%} of the largest (int8)" in str(record)
-    pr.runtime.save_sparse(quick, tmp_path / "quick")
+    pr.runtime.save_sparse(quick, tmp_path / "quick", factory=f"{__name__}:two_layers")
     with torch.inference_mode():
-        assert torch.equal(pr.runtime.load_sparse(tmp_path / "quick", model)(x), y)
+        assert torch.equal(pr.runtime.load_sparse(tmp_path / "quick", factory=two_layers)(x), y)
         x[3, 5] = float("nan")  # one scale for all tokens: NaN would spread
         assert torch.equal(quick(x).isnan(), model(x).isnan())
 
@@ -152,3 +158,12 @@ def test_dense_int8_has_a_scale_for_each_row() -> None:
 def test_the_record_names_dense_int8_beside_the_best_kernel() -> None:
     verdict = Verdict(Problem(8), Route.INT8, Config(Kind.BLOCK4X4, Precision.INT8), Ratio(0.8, 0.7, 0.9))
     assert str(LayerRecord("a", 0.5, (verdict,))) == "a  50% zeros  8: dense int8 (block4x4 int8 0.80x)"
+
+
+@compiled
+def test_no_convolution_reads_int8_blocks() -> None:
+    """Neither by a choice nor by a file that names one: its packed weight is another structure."""
+    weight = library.pack(blocks(8, 36, 4), Config(Kind.BLOCK4X4, Precision.INT8))
+    with pytest.raises(NotSupported, match="block4x4"):
+        conv2d(weight, torch.randn(1, 4, 8, 8), (3, 3))
+    assert not any(c.kind in DOT for c in conv_configs_for(blocks(64, 256, 4), 64, Precision.INT8))

@@ -63,6 +63,11 @@ class Table:
         """Whether any choice skips zeros."""
         return any(not is_dense(choice) for _, choice in self.entries)
 
+    @property
+    def replaces(self) -> bool:
+        """Whether any choice is a reason to replace the layer."""
+        return any(is_replacement(choice) for _, choice in self.entries)
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -187,6 +187,11 @@ def configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Confi
     return list(dict.fromkeys([*rounded, *exact]))
 
 
+def conv_configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
+    """The kernels to try for a convolution with this matrix: those in int8 blocks read no images."""
+    return [c for c in configs_for(matrix, tokens, precision) if c.kind not in DOT_ROWS]
+
+
 def keep_dense_configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     """The kernels to try for a layer that keeps its dense weight: those with one bit for each weight."""
     return [c for c in configs_for(matrix, tokens, precision) if c.kind is Kind.DECODE]
@@ -225,9 +230,8 @@ def candidates(
     int8 = () if geometry else tuple(_int8(precision))
     routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), *int8, Route.CSR]
     runs: dict[Choice, Run] = {}
-    choices: list[Choice] = [*routes, *configs_for(matrix, problem.size, precision)]
-    if geometry is not None:
-        choices = [c for c in choices if not (isinstance(c, Config) and c.kind in DOT_ROWS)]
+    kernels_for = configs_for if geometry is None else conv_configs_for
+    choices: list[Choice] = [*routes, *kernels_for(matrix, problem.size, precision)]
     if keep_dense:
         choices = [Route.TORCH, *int8, *keep_dense_configs(matrix, problem.size, precision)]
     for choice in choices:
