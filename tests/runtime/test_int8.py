@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.app import doctor
 from prunella.errors import NotSupported
 from prunella.measure.timing import Ratio
 from prunella.runtime.fx.fuse import Fused
@@ -167,3 +168,12 @@ def test_no_convolution_reads_int8_blocks() -> None:
     with pytest.raises(NotSupported, match="block4x4"):
         conv2d(weight, torch.randn(1, 4, 8, 8), (3, 3))
     assert not any(c.kind in DOT for c in conv_configs_for(blocks(64, 256, 4), 64, Precision.INT8))
+
+
+def test_doctor_times_dense_int8_and_blocks_against_it() -> None:
+    names = {trial.name: trial for trial in doctor.trials(seconds=0.01) if "int8" in trial.name}
+    assert set(names) == {
+        "int8 in place of float32, without zeros",
+        *(["80 % zero 4x4 blocks, both in int8"] if library.available() else []),
+    }
+    assert all(trial.dense_ms > 0 and trial.pruned_ms > 0 for trial in names.values())

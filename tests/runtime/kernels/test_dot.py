@@ -16,6 +16,7 @@ from prunella.runtime.kernels.config import DOT_ROWS, Activation, Config, Kind, 
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the kernels were not built here")
 TIERS = ("portable", "avx2", "avx512", "avx512bf16")
+ROWS = {Kind.BLOCK4X4: 4, Kind.BLOCK2X4: 2, Kind.BLOCK1X4: 1}
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 130, 70), (64, 64, 64), (50, 300, 129), (150, 1028, 17), (7, 0, 3), (0, 5, 2)]
 ACTIVATIONS = {
     Activation.NONE: lambda y: y, Activation.RELU: functional.relu, Activation.GELU: functional.gelu,
@@ -167,8 +168,8 @@ def test_blocks_with_a_nonzero_are_stored_whole(kind: Kind) -> None:
     several = torch.ones(8, 64)
     config = Config(kind, Precision.INT8, depth=64)
     sizes = [library.pack(weight, config).nbytes for weight in (torch.zeros(8, 64), full, several)]
-    blocks = 8 // DOT_ROWS[kind] * 16
-    assert sizes[1] == sizes[2] == sizes[0] + blocks * (2 + 4 * DOT_ROWS[kind])
+    blocks = 8 // ROWS[kind] * 16
+    assert sizes[1] == sizes[2] == sizes[0] + blocks * (2 + 4 * ROWS[kind])
 
 
 def test_what_no_kernel_has_is_refused(kind: Kind) -> None:
