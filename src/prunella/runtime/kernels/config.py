@@ -38,7 +38,8 @@ class Kind(Enum):
     ROWS: each row with its own columns, several rows side by side. GROUPS: neighboring rows, whose columns are sorted
     by which of the rows have a nonzero there. BLOCK16, BLOCK8, BLOCK4: that many neighboring rows share their columns.
     PAIRS: as ROWS, but two nonzeros of a row at a time, with values and x in bfloat16. DECODE, CSR: for a few tokens.
-    BLOCK4X4, BLOCK2X4, BLOCK1X4: int8, blocks of that many rows and four columns; a block with a nonzero has all its weights.
+    BLOCK4X4, BLOCK2X4, BLOCK1X4: int8, blocks of that many rows and four columns. A block with any nonzero is stored
+    with all its weights.
     """
 
     __hash__ = object.__hash__
