@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADERS = ("prunella.h", "prunella_few.h")
+HEADERS = ("prunella.h", "prunella_few.h", "prunella_dot.h")
 TARGET = ROOT / "src" / "prunella" / "runtime" / "kernels" / "signatures.py"
 SCALARS = {"int": "c_int", "int32_t": "c_int32", "int64_t": "c_int64", "float": "c_float"}
 PREFIX = "PRUNELLA_"

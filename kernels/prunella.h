@@ -47,7 +47,7 @@ typedef struct {
 } prunella_image;
 
 // Changes with every change of this interface: a library of another number is not used.
-#define PRUNELLA_ABI 9
+#define PRUNELLA_ABI 10
 PRUNELLA_API int prunella_abi(void);
 
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).

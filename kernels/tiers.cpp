@@ -28,15 +28,15 @@ bool always() { return true; }
 
 // The best last.
 const Tier kTiers[] = {
-    {"portable", &many_portable, &few_portable, always},
+    {"portable", &many_portable, &few_portable, &dot_portable, always},
 #if defined(PRUNELLA_HAS_AVX2)
-    {"avx2", &many_avx2, &few_avx2, has_avx2},
+    {"avx2", &many_avx2, &few_avx2, &dot_avx2, has_avx2},
 #endif
 #if defined(PRUNELLA_HAS_AVX512)
-    {"avx512", &many_avx512, &few_avx512, has_avx512},
+    {"avx512", &many_avx512, &few_avx512, &dot_avx512, has_avx512},
 #endif
 #if defined(PRUNELLA_HAS_AVX512BF16)
-    {"avx512bf16", &many_avx512bf16, &few_avx512bf16, has_avx512bf16},
+    {"avx512bf16", &many_avx512bf16, &few_avx512bf16, &dot_avx512bf16, has_avx512bf16},
 #endif
 };
 

@@ -1,5 +1,6 @@
 // Which tier runs: the best that processor and system support, or the one that was asked for.
 #pragma once
+#include "dot.h"
 #include "few.h"
 #include "many.h"
 
@@ -9,6 +10,7 @@ struct Tier {
   const char* name;
   const ManyTier* many;
   const FewTier* few;
+  const DotTier* dot;
   bool (*supported)();
 };
 

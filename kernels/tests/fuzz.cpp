@@ -14,6 +14,7 @@
 #include "../few.h"
 #include "../few_weight.h"
 #include "../prunella.h"
+#include "../prunella_dot.h"
 #include "../prunella_few.h"
 
 namespace {
@@ -236,6 +237,53 @@ void try_many(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   prunella_many_free(packed);
 }
 
+// As the header defines it: the codes of x, and sums of integers.
+void expect_dot(Rows& rows, Product& out, float scale, int32_t zero) {
+  for (int64_t t = 0; t < out.tokens; t++) {
+    float low = 0.0f, high = 0.0f;
+    for (int64_t c = 0; c < rows.k; c++) low = std::fmin(low, out.x[t * rows.k + c]), high = std::fmax(high, out.x[t * rows.k + c]);
+    const float mine = scale > 0.0f ? scale : high / 255.0f - low / 255.0f, inverse = mine > 1e-30f ? 1.0f / mine : 0.0f;
+    const float middle = scale > 0.0f ? float(zero) : std::nearbyint(-low * inverse);
+    for (int64_t i = 0; i < rows.m; i++) {
+      float most = 0.0f;
+      for (int64_t p = rows.starts[i]; p < rows.starts[i + 1]; p++) most = std::fmax(most, std::fabs(rows.values[p]));
+      const float row = most / 127.0f;
+      int64_t sum = 0;
+      for (int64_t p = rows.starts[i]; p < rows.starts[i + 1]; p++) {
+        const float code = std::nearbyint(out.x[t * rows.k + rows.columns[p]] * inverse) + middle;
+        const float value = row > 0.0f ? std::nearbyint(rows.values[p] / row) : 0.0f;
+        sum += int64_t(std::fmax(-127.0f, std::fmin(127.0f, value))) * int64_t(std::fmax(0.0f, std::fmin(255.0f, code)) - middle);
+      }
+      out.wanted[t * rows.m + i] = double(sum) * double(row) * double(mine);
+      out.size[t * rows.m + i] = std::fabs(out.wanted[t * rows.m + i]);
+    }
+  }
+}
+
+void try_dot(Bytes& in, Rows& rows, Product& out, int32_t threads) {
+  const int32_t side = static_cast<int32_t>(in.next(1) % 6), tile = static_cast<int32_t>(in.next(1) % 6);
+  const int32_t depth = in.next(1) % 8 ? 4 + 4 * static_cast<int32_t>(in.below(200)) : static_cast<int32_t>(hostile(in, 4, 65536));
+  prunella_dot* packed = nullptr;
+  const int code = prunella_dot_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(),
+                                     rows.values.get(), side, depth, &packed);
+  const bool there = (side == 1 || side == 2 || side == 4) && depth >= 4 && depth % 4 == 0 && depth <= 65536;
+  must((code == PRUNELLA_OK) == (there && finite(rows.values)), "int8 blocks are packed if there are such");
+  if (code) return;
+  const float scale = in.next(1) % 2 ? 0.0f : number(in);
+  const int32_t zero = static_cast<int32_t>(in.next(1)) - (in.next(1) % 8 == 0);
+  const int done = prunella_dot_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, scale, zero, tile, threads, out.y.get());
+  const bool valid = tile >= 1 && tile <= 4 && scale >= 0.0f && std::isfinite(scale) &&
+                     (scale == 0.0f || (std::isfinite(1.0f / scale) && zero >= 0));
+  must((done == PRUNELLA_BAD_ARGUMENT) == !valid, "a call that no kernel has is refused");
+  if (done == PRUNELLA_ODD_INPUT) must(!finite(out.x), "only an odd number is refused");
+  if (done == PRUNELLA_OK && out.y.size) {
+    must(finite(out.x), "an odd number is refused");
+    expect_dot(rows, out, scale, zero);
+    compare(out, 1e-6, 1e-30);
+  }
+  prunella_dot_free(packed);
+}
+
 // The sums of a convolution by a plain loop; x and y in the layout of the image.
 Product product_of_patches(Bytes& in, Rows& rows, const prunella_image& g, int64_t high, int64_t wide, bool odd) {
   const int64_t plane = high * wide, size = g.batch * rows.m * plane, pixels = g.height * g.width;
@@ -307,6 +355,7 @@ void round_of_rows(Bytes& in) {
     const int32_t threads = how % 64 == 0 ? 3 : 1;
     try_few(in, rows, out, threads);
     try_many(in, rows, out, threads);
+    try_dot(in, rows, out, threads);
     return;
   }
   prunella_few* few = nullptr;

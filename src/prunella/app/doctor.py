@@ -19,7 +19,10 @@ from prunella.measure.machine import cpu_info, cpu_name
 from prunella.measure.text import byte_size
 from prunella.measure.timing import compare_latency
 from prunella.runtime.kernels import library
+from prunella.runtime.kernels.config import Config, Kind, Precision
+from prunella.runtime.tuning.choice import Problem, Route
 from prunella.runtime.tuning.survey import Pattern, survey, without_kernels
+from prunella.runtime.tuning.tune import candidates
 
 _FLAGS = (
     "sse4_2",
@@ -175,7 +178,7 @@ _Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 def trials(*, seconds: float = 4.0, seed: int = 0) -> tuple[Trial, ...]:
     """Dense against pruned, timed alternately, so that load affects both equally."""
     generator = torch.Generator().manual_seed(seed)
-    cases = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator)]
+    cases = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator), *_in_int8(generator)]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that its sparse tensors are in beta
         return tuple(_measure(case, seconds / len(cases)) for case in cases)
@@ -242,6 +245,24 @@ def _sparse_tensors(generator: torch.Generator) -> list[_Case]:
         ("90 % zeros as torch.sparse CSR", "Element", dense, lambda: rows @ tokens),
         ("90 % zero 16x16 blocks as torch.sparse BSR", "Block(16, 16)", dense, lambda: tiles @ tokens),
     ]
+
+
+def _in_int8(generator: torch.Generator) -> list[_Case]:
+    """Dense int8 against float32, then zeros in blocks against dense int8; nothing where torch has no int8."""
+    weight = torch.randn(768, 768, generator=generator, device="cpu")
+    used = torch.rand(192, 192, generator=generator, device="cpu") > 0.8
+    blocks = weight * used.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    runs = [candidates(w, None, Problem(128), None, Precision.INT8, 0, {}) for w in (weight, blocks)]
+    if Route.INT8 not in runs[0]:
+        return []
+    dense, int8 = runs[0][Route.TORCH], runs[0][Route.INT8]
+    kernel = next((c for c in runs[1] if isinstance(c, Config) and c.kind is Kind.BLOCK4X4), None)
+    cases = [("int8 in place of float32, without zeros", "none", dense, int8)]
+    return (
+        cases
+        if kernel is None
+        else [*cases, ("80 % zero 4x4 blocks, both in int8", "Block(4, 4)", int8, runs[1][kernel])]
+    )
 
 
 def _measure(case: _Case, seconds: float) -> Trial:

@@ -52,7 +52,7 @@ from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.tuning.eligible import LayerForm, bias_of, candidates, form_of, weight_of
 from prunella.runtime.tuning.fingerprint import fingerprint
-from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for, density, keep_dense_configs
+from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for, conv_configs_for, density, keep_dense_configs
 from prunella.types import Inputs
 
 _LARGEST = 1 << 28
@@ -123,7 +123,7 @@ def load_sparse(
         tuner.channels_last, fused = entry.channels_last, convolution_context(model, forms, example, fuse=True)[1]
     with torch.inference_mode(False), torch.no_grad():
         layers = tuple(_layer(model, name, forms[name], entry, tuner, fused.get(name, Fused())) for name in forms)
-        tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
+        tables = {layer.name: layer.table for layer in layers if layer.table.replaces}
         sparse = assembled(model, forms, tables, example, _fused_activations(model, entry)) if tables else model
         channels_last = entry.channels_last and isinstance(sparse, GraphModule) and channels_last_(sparse)
     record = Sparsified(
@@ -268,7 +268,7 @@ def _layer(model: nn.Module, name: str, form: LayerForm, entry: _Entry, tuner: T
     matrix = weight.reshape(len(weight), -1)
     zeros = 1 - density(matrix)
     keep_dense = bool(why_kept_dense(model, module))
-    valid = keep_dense_configs if keep_dense else configs_for
+    valid = keep_dense_configs if keep_dense else configs_for if form.geometry is None else conv_configs_for
     if entry.same_machine and all(isinstance(c, Route) or c in valid(matrix, p.size, entry.precision) for p, c in rows):
         return LayerRecord(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
     if keep_dense:

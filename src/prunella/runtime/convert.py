@@ -27,7 +27,7 @@ from prunella.runtime.kernels.config import Precision
 from prunella.runtime.record import LayerRecord, Sparsified, shapes_of, why_not_faster, with_record
 from prunella.runtime.tuning import acceptance
 from prunella.runtime.tuning.acceptance import Acceptance
-from prunella.runtime.tuning.choice import Problem, Route, is_dense
+from prunella.runtime.tuning.choice import Problem, Route, is_replacement
 from prunella.runtime.tuning.configs import FEW_TOKENS
 from prunella.runtime.tuning.eligible import (
     NOT_CALLED,
@@ -66,11 +66,12 @@ def sparse(
     on a GPU yet). Run the copy without gradients (`torch.inference_mode()`); its parameters require none.
     `torch.compile` and `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
 
-    precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
-    fuse: fuse batch norms, activations and residuals with the layer before them. Where `torch.fx` can trace the model,
-    the copy is a graph module; elsewhere only activation modules are fused. seconds: of measurement for each kind of
-    layer. Errors: RequestError for sizes out of range or an example that the model does not accept, CheckFailed if the
-    output differs.
+    precision: BF16 and INT8 also try kernels that round. INT8 rounds the weights of linear layers and their inputs.
+    Dense int8 is a candidate, for layers without zeros too. The record states the largest difference of the outputs.
+    tokens: further numbers of tokens. fuse: fuse batch norms, activations and residuals with the layer before them.
+    Where `torch.fx` can trace the model, the copy is a graph module; elsewhere only activation modules are fused.
+    seconds: of measurement for each kind of layer. Errors: RequestError for sizes out of range or an example that the
+    model does not accept, CheckFailed if the output differs.
 
     Example:
 
@@ -194,15 +195,17 @@ def _measure_layer(
         return LayerRecord(name, zeros, (), why or "the sizes of its input are unknown")
     bias, keep_dense = bias_of(module), why_kept_dense(model, module)
     if keep_dense:
-        few = tuple(problem for problem in todo if problem.size <= FEW_TOKENS)
-        if tuner.evict is None or not form.plain or not few:
+        int8 = tuner.precision is Precision.INT8 and form.geometry is None
+        tried = todo if int8 else tuple(problem for problem in todo if problem.size <= FEW_TOKENS)
+        if not (int8 or tuner.evict is not None) or not form.plain or not tried:
             return LayerRecord(name, zeros, (), keep_dense)
-        verdicts = (*tuner.keep_dense(weight, bias, few), Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
+        verdicts = tuner.keep_dense(weight, bias, tried)
+        verdicts = verdicts if int8 else (*verdicts, Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
     elif form.geometry is not None:
         verdicts = tuner.conv(weight, bias, form.geometry, todo, fused)
     else:
         verdicts = tuner.linear(weight, bias, todo)
-    wins = any(not is_dense(verdict.choice) for verdict in verdicts)
+    wins = any(is_replacement(verdict.choice) for verdict in verdicts)
     return LayerRecord(name, zeros, verdicts, "" if wins else keep_dense or why_not_faster(verdicts[-1]))
 
 
@@ -249,7 +252,7 @@ class _Builder:
         if model is None:
             return _Candidate(None, False, layers, Acceptance(_SLOWER if dense_for_few else _why_no_layer(layers)))
         elsewhere = not dense_for_few and any(
-            not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image
+            is_replacement(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image
         )
         outcome = acceptance.judge(self.dense, model, self.example, self.precision, gains_elsewhere=elsewhere)
         return _Candidate(model, channels_last, layers, outcome)
@@ -285,7 +288,7 @@ def _for_first_token(builder: _Builder, candidate: _Candidate, shapes: InputShap
 def _dense_for_few(layer: LayerRecord) -> LayerRecord:
     """The layer with dense code for a few tokens."""
     verdicts = tuple(replace(v, choice=Route.TORCH) if v.problem.size <= FEW_TOKENS else v for v in layer.verdicts)
-    keeps_why = layer.why or any(not is_dense(verdict.choice) for verdict in verdicts)
+    keeps_why = layer.why or any(is_replacement(verdict.choice) for verdict in verdicts)
     why = layer.why if keeps_why else "the full model is slower for one token with it"
     return replace(layer, verdicts=verdicts, why=why)
 

@@ -16,7 +16,15 @@ from prunella.graph.work import is_counting
 from prunella.runtime import operators
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Activation
-from prunella.runtime.packed_cache import ACTIVATE, PackedCache, add_and_activate, dense_matrix, packed_for, run_linear
+from prunella.runtime.packed_cache import (
+    ACTIVATE,
+    PackedCache,
+    add_and_activate,
+    dense_matrix,
+    is_finite,
+    packed_for,
+    run_linear,
+)
 from prunella.runtime.tuning.choice import Geometry, Route, Table, is_dense, is_few
 
 PLAIN = (Tensor, nn.Parameter)
@@ -291,6 +299,8 @@ class FastLinear(nn.Module):
         if not (_is_eager(x) and fits and _kernels_apply(x, weight, bias)):
             return functional.linear(x, weight, bias)
         choice = self.cache.choice(x.numel() // self.in_features)
+        if choice is Route.INT8 and not is_finite(x):
+            return functional.linear(x, weight, bias)
         packed: Any = self.cache.get(choice, (weight,), lambda: packed_for(weight.detach(), choice))
         if is_few(choice):
             y = library.finite_linear(packed, x, bias, None, Activation.NONE)

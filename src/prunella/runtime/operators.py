@@ -44,7 +44,7 @@ def linear(
         if y is not None:
             return y
         choice = Route.TORCH
-    elif choice is Route.CSR and not is_finite(x):
+    elif choice in (Route.CSR, Route.INT8) and not is_finite(x):
         choice = Route.TORCH
     return run_linear(choice, cache.get(choice, parts, pack), x, bias, residual, cache.activation)
 

@@ -11,6 +11,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, final
 
 import torch
@@ -132,11 +133,29 @@ def packed_for(weight: Tensor, choice: Choice) -> Any:
         return library.pack(weight.contiguous(), choice)
     if choice is Route.ONEDNN:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    if choice is Route.INT8:
+        return dense_int8(weight)
     if choice is Route.CSR:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that its sparse tensors are in beta
             return weight.to_sparse_csr()
     return weight
+
+
+def dense_int8(weight: Tensor) -> Any:
+    """A matrix `(out, in)` for the dynamic int8 operation of torch: a scale for each row, its largest / 127."""
+    scales = weight.abs().amax(1).double().div(127).clamp_min(1e-30)
+    zeros = torch.zeros(len(weight), dtype=torch.int64, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a later release will not have its quantized tensors
+        codes = torch.quantize_per_channel(weight.contiguous(), scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(codes, None)
+
+
+@cache
+def _has_vnni() -> bool:
+    """Whether the processor adds products of 8 bits without overflow; otherwise x has 7 bits, as torch advises."""
+    return bool(torch.cpu._is_vnni_supported())
 
 
 def run_linear(
@@ -147,6 +166,9 @@ def run_linear(
         flat = (packed @ x.reshape(-1, x.shape[-1]).t()).t()
         y = flat.reshape(*x.shape[:-1], packed.shape[0])
         y = y if bias is None else y + bias
+    elif choice is Route.INT8:
+        y = torch.ops.quantized.linear_dynamic(x.contiguous(), packed, not _has_vnni())
+        y = y if bias is None else y.add_(bias)
     elif choice is Route.ONEDNN:
         y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
     else:

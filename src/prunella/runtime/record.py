@@ -14,7 +14,7 @@ from prunella.model.unwrap import unwrap
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Precision
 from prunella.runtime.tuning.acceptance import Acceptance
-from prunella.runtime.tuning.choice import Table, describe, is_dense
+from prunella.runtime.tuning.choice import Route, Table, describe, is_dense
 from prunella.runtime.tuning.tune import Verdict
 from prunella.types import Inputs
 
@@ -87,15 +87,23 @@ class Sparsified:
         """Names of the layers that were replaced."""
         return tuple(layer.name for layer in self.layers if not layer.why) if self.outcome.kept else ()
 
+    def _action(self) -> str:
+        """What the replaced layers do; how many only run in dense int8."""
+        replaced = [layer for layer in self.layers if layer.name in self.replaced and not layer.table.sparse]
+        dense = sum(any(choice is Route.INT8 for _, choice in layer.table.entries) for layer in replaced)
+        return f"{self.action}, but {dense} of them run dense int8" if dense else self.action
+
     def __str__(self) -> str:
         outcome = self.outcome
         speed = "not measured" if outcome.full_model is None else outcome.full_model.verdict
-        head = f"{len(self.replaced)} of {len(self.layers)} layers {self.action}; the full model: {speed}"
+        head = f"{len(self.replaced)} of {len(self.layers)} layers {self._action()}; the full model: {speed}"
         if outcome.first_token is not None:
             effect = ", so dense code runs there" if outcome.first_token.slower else ""
             head = f"{head}; for one token: {outcome.first_token.verdict}{effect}"
         layout = ", channels last" if self.channels_last else ""
         why = [] if outcome.kept else [outcome.why]
+        if self.precision is not Precision.FP32 and outcome.full_model is not None:
+            head = f"{head}; outputs differ by at most {outcome.difference:.1%} of the largest ({self.precision.value})"
         return "\n".join([head, *why, f"{self.environment}{layout}", *map(str, self.layers), *map(str, self.others)])
 
 
@@ -138,7 +146,8 @@ def _kernels() -> str:
 def _phrase(verdict: Verdict) -> str:
     """The operation that runs for a size, and the best kernel where that operation is dense."""
     dense = is_dense(verdict.choice) and verdict.best is not None
-    return f"{verdict.problem.size}: {f'dense ({_best(verdict)})' if dense else _best(verdict)}"
+    name = describe(verdict.choice) if verdict.choice is Route.INT8 else "dense"
+    return f"{verdict.problem.size}: {f'{name} ({_best(verdict)})' if dense else _best(verdict)}"
 
 
 def _best(verdict: Verdict) -> str:

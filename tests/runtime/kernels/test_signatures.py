@@ -16,6 +16,7 @@ import pytest
 from prunella.runtime.kernels import library, signatures
 from prunella.runtime.kernels.config import (
     ACTIVATION_CODES,
+    DOT_ROWS,
     FEW_CODES,
     MANY_CODES,
     PRECISION_CODES,
@@ -30,10 +31,12 @@ PROBE = """
 #include <cstddef>
 #include <cstdio>
 #include <type_traits>
+#include "prunella_dot.h"
 #include "prunella_few.h"
 template <class T> void kind() {
   if (std::is_void<T>::value) std::printf(" none");
   else if (std::is_pointer<T>::value) std::printf(" pointer");
+  else if (std::is_floating_point<T>::value) std::printf(" float");
   else std::printf(" int%d", int(8 * sizeof(std::conditional_t<std::is_void<T>::value, int, T>)));
 }
 template <class F> struct Signature;
@@ -83,6 +86,8 @@ def kind(expression: Any) -> str:
     """A ctypes type as the probe names it."""
     if expression is None:
         return "none"
+    if expression is ctypes.c_float:
+        return "float"
     integers = (ctypes.c_int, ctypes.c_int32, ctypes.c_int64)
     return f"int{8 * ctypes.sizeof(expression)}" if expression in integers else "pointer"
 
@@ -131,7 +136,7 @@ def test_every_choice_has_the_number_of_the_headers() -> None:
     assert {a: getattr(signatures, a.name) for a in Activation} == ACTIVATION_CODES
     assert {k: getattr(signatures, k.name) for k in MANY_CODES} == MANY_CODES
     assert {Kind.DECODE: signatures.BITMAP, Kind.CSR: signatures.CSR} == FEW_CODES
-    assert set(MANY_CODES) | set(FEW_CODES) == set(Kind)
+    assert set(MANY_CODES) | set(FEW_CODES) | set(DOT_ROWS) == set(Kind)
     assert {p: getattr(signatures, p.name) for p in Precision} == PRECISION_CODES
 
 

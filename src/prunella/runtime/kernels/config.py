@@ -38,6 +38,8 @@ class Kind(Enum):
     ROWS: each row with its own columns, several rows side by side. GROUPS: neighboring rows, whose columns are sorted
     by which of the rows have a nonzero there. BLOCK16, BLOCK8, BLOCK4: that many neighboring rows share their columns.
     PAIRS: as ROWS, but two nonzeros of a row at a time, with values and x in bfloat16. DECODE, CSR: for a few tokens.
+    BLOCK4X4, BLOCK2X4, BLOCK1X4: int8, blocks of that many rows and four columns. A block with any nonzero is stored
+    with all its weights.
     """
 
     __hash__ = object.__hash__
@@ -50,6 +52,9 @@ class Kind(Enum):
     PAIRS = "pairs"
     DECODE = "decode"
     CSR = "csr"
+    BLOCK4X4 = "block4x4"
+    BLOCK2X4 = "block2x4"
+    BLOCK1X4 = "block1x4"
 
 
 ACTIVATION_CODES = {
@@ -67,6 +72,8 @@ PRECISION_CODES = {
     Precision.FP32: signatures.FP32, Precision.BF16: signatures.BF16, Precision.INT8: signatures.INT8,
 }  # fmt: skip
 FEW = frozenset(FEW_CODES)
+DOT_ROWS = {Kind.BLOCK4X4: 4, Kind.BLOCK2X4: 2, Kind.BLOCK1X4: 1}
+"""Rows of a block of the int8 layouts for many tokens."""
 IN_PLACE: dict[Activation, Any] = {
     Activation.RELU: relu, Activation.SILU: silu, Activation.RELU6: relu6, Activation.HARDSWISH: hardswish,
 }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
 from prunella.runtime.kernels import library, signatures
-from prunella.runtime.kernels.config import ACTIVATION_CODES, FEW, Activation
+from prunella.runtime.kernels.config import ACTIVATION_CODES, MANY_CODES, Activation
 from prunella.runtime.kernels.library import PackedWeight
 
 _LARGEST = 1 << 30
@@ -104,8 +104,8 @@ def run_patches(
 
     The caller has checked that all tensors are float32 on the CPU, and the shapes of bias and residual.
     """
-    if packed.config.kind in FEW:
-        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is a layout for a few tokens", "")
+    if packed.config.kind not in MANY_CODES:
+        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is a layout for linear layers", "")
     x = x.contiguous(memory_format=sizes.layout)
     y = x.new_empty_strided(sizes.out, sizes.strides)  # faster than an empty tensor of a memory format
     residual = None if residual is None else residual.contiguous(memory_format=sizes.layout)

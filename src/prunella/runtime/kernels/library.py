@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import sys
 import weakref
@@ -24,6 +25,7 @@ from prunella.errors import NotSupported, PruningError, RequestError
 from prunella.runtime.kernels import signatures
 from prunella.runtime.kernels.config import (
     ACTIVATION_CODES,
+    DOT_ROWS,
     FEW,
     FEW_CODES,
     IN_PLACE,
@@ -51,8 +53,13 @@ class PackedWeight:
     handle: int = field(repr=False)
 
     def __post_init__(self) -> None:
-        free = _library().prunella_few_free if self.config.kind in FEW else _library().prunella_many_free
+        free = getattr(_library(), f"prunella_{_family(self.config)}_free")
         weakref.finalize(self, free, ctypes.c_void_p(self.handle))
+
+
+def _family(config: Config) -> str:
+    """The part of the library that has the kernel."""
+    return "few" if config.kind in FEW else "dot" if config.kind in DOT_ROWS else "many"
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -69,6 +76,7 @@ _ERRORS = {
     signatures.NO_MEMORY: (
         "there is no memory left for the sparse kernels", "the packed weight or its scratch memory does not fit",
     ),
+    signatures.ODD_INPUT: ("an input with NaN or infinity has no int8 form", "its range sets the scale"),
     signatures.NOT_FINITE: ("a weight with NaN or infinity has no int8 form", "its largest number sets the scale"),
 }  # fmt: skip
 
@@ -224,10 +232,11 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
     precision = PRECISION_CODES[config.precision]
     if config.kind in FEW:
         options: tuple[int, ...] = (FEW_CODES[config.kind], precision)
-        pack_, count_bytes = library.prunella_few_pack, library.prunella_few_bytes
+    elif config.kind in DOT_ROWS:
+        options = (DOT_ROWS[config.kind], config.depth)
     else:
         options = (MANY_CODES[config.kind], config.rows, config.depth, precision)
-        pack_, count_bytes = library.prunella_many_pack, library.prunella_many_bytes
+    pack_, count_bytes = (getattr(library, f"prunella_{_family(config)}_{verb}") for verb in ("pack", "bytes"))
     check_code(pack_(*shape, len(values), *pointers, *options, ctypes.byref(handle)))
     return PackedWeight(shape, len(values), int(count_bytes(handle)), config, int(handle.value or 0))
 
@@ -237,6 +246,8 @@ def _exists(config: Config) -> bool:
     if config.kind in MANY_CODES:
         half = config.precision is Precision.BF16 and config.tile % 2 == 0
         return half or (config.precision is Precision.FP32 and config.kind is not Kind.PAIRS)
+    if config.kind in DOT_ROWS:
+        return config.precision is Precision.INT8
     return config.kind is Kind.DECODE or config.precision is not Precision.INT8
 
 
@@ -258,10 +269,29 @@ def linear(
     threads = thread_count()
     if packed.config.kind in FEW:
         code = _library().prunella_few_linear(*arguments, 0, threads, y.data_ptr())
+    elif packed.config.kind in DOT_ROWS:
+        code = _library().prunella_dot_linear(*arguments, 0.0, 0, packed.config.tile, threads, y.data_ptr())
     else:
         code = _library().prunella_many_linear(*arguments, 0, packed.config.tile, threads, y.data_ptr())
     check_code(code)
     return _after_kernel(y, activation) if packed.config.kind in FEW else y
+
+
+def calibrated_linear(packed: PackedWeight, x: Tensor, scale: float, zero: int) -> Tensor:
+    """`x W'` in int8 with one scale for all tokens: x becomes `round(x / scale) + zero`, held to 0 to 255.
+
+    Errors: RequestError for a scale that is not a positive number or a zero outside 0 to 255.
+    """
+    if not (0 < scale < math.inf and 1 / scale < 3e38 and 0 <= zero <= 255):
+        raise RequestError(f"scale={scale!r} and zero={zero!r} are out of range", "scale > 0 and zero of 0 to 255", "")
+    x = as_float32(x).contiguous()
+    y = x.new_empty(*x.shape[:-1], packed.shape[0])
+    if x.shape[-1:] != packed.shape[1:] or packed.config.kind not in DOT_ROWS:
+        raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight is {packed.shape} in int8 blocks", "")
+    tokens = y.numel() // max(packed.shape[0], 1)
+    where = (packed.handle, x.data_ptr(), tokens, None, None, ACTIVATION_CODES[Activation.NONE])
+    check_code(entries().dot_linear(*where, scale, zero, packed.config.tile, thread_count(), y.data_ptr()))
+    return y
 
 
 def finite_linear(
@@ -277,15 +307,16 @@ def finite_linear(
     plain = bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.numel() == rows)
     if residual is not None or not plain:
         bias, residual = checked_addends(packed, y, bias, residual, torch.contiguous_format)
-    functions, few = entries(), packed.config.kind in FEW
-    code = (functions.few_linear if few else functions.many_linear)(
+    functions, kind = entries(), packed.config.kind
+    few, dot = kind in FEW, kind in DOT_ROWS
+    code = (functions.few_linear if few else functions.dot_linear if dot else functions.many_linear)(
         packed.handle,
         x.data_ptr(),
         x.numel() // columns,
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
         _in_kernel(packed, activation),
-        1,
+        *((0.0, 0) if dot else (1,)),
         *(() if few else (packed.config.tile,)),
         thread_count(),
         y.data_ptr(),
@@ -301,6 +332,7 @@ class Entries(NamedTuple):
     """The functions that layers call, looked up once."""
 
     few_linear: Any
+    dot_linear: Any
     many_linear: Any
     many_conv: Any
     many_chain: Any

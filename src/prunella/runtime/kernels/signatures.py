@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-ABI = 9
+ABI = 10
 OK = 0
 BAD_ARGUMENT = 1
 BAD_STARTS = 2
@@ -191,6 +191,44 @@ FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
             ctypes.c_int64,
             ctypes.c_void_p,
             ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.c_void_p,
+        ),
+    ),
+    "prunella_dot_pack": (
+        ctypes.c_int,
+        (
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_void_p),
+        ),
+    ),
+    "prunella_dot_free": (
+        None,
+        (ctypes.c_void_p,),
+    ),
+    "prunella_dot_bytes": (
+        ctypes.c_int64,
+        (ctypes.c_void_p,),
+    ),
+    "prunella_dot_linear": (
+        ctypes.c_int,
+        (
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_float,
             ctypes.c_int32,
             ctypes.c_int32,
             ctypes.c_int32,

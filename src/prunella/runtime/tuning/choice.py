@@ -19,6 +19,8 @@ class Route(Enum):
     """`F.linear` or `F.conv2d`."""
     ONEDNN = "onednn"
     """The linear operation of oneDNN, with its own copy of the weight."""
+    INT8 = "torch.int8"
+    """The dynamic int8 linear operation of torch: weights with a scale for each row, x with one for all tokens."""
     CSR = "torch.csr"
     """`torch.sparse` CSR times dense."""
     COMPILED = "torch.compile"
@@ -33,12 +35,12 @@ class Route(Enum):
     @property
     def dense(self) -> bool:
         """Whether the operation multiplies the zeros."""
-        return self in (Route.TORCH, Route.ONEDNN, Route.COMPILED)
+        return self in (Route.TORCH, Route.ONEDNN, Route.INT8, Route.COMPILED)
 
     @property
     def portable(self) -> bool:
         """Whether it is an operation of the CPU, which a saved model may name."""
-        return self in (Route.TORCH, Route.ONEDNN, Route.CSR)
+        return self in (Route.TORCH, Route.ONEDNN, Route.INT8, Route.CSR)
 
 
 Choice = Route | Config
@@ -60,6 +62,11 @@ class Table:
     def sparse(self) -> bool:
         """Whether any choice skips zeros."""
         return any(not is_dense(choice) for _, choice in self.entries)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether any choice is a reason to replace the layer."""
+        return any(is_replacement(choice) for _, choice in self.entries)
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,11 @@ def is_dense(choice: Choice) -> bool:
     return isinstance(choice, Route) and choice.dense
 
 
+def is_replacement(choice: Choice) -> bool:
+    """Whether the choice is a reason to replace a layer: it skips zeros, or multiplies in int8."""
+    return choice is Route.INT8 or not is_dense(choice)
+
+
 def is_few(choice: Choice) -> bool:
     """Whether the choice is a kernel for a few tokens."""
     return isinstance(choice, Config) and choice.kind in FEW
@@ -108,6 +120,7 @@ def describe(choice: Choice) -> str:
 _DESCRIBED = {
     Route.TORCH: "dense",
     Route.ONEDNN: "dense (oneDNN)",
+    Route.INT8: "dense int8",
     Route.CSR: "torch CSR",
     Route.COMPILED: "dense (compiled)",
     Route.SEMI: "2:4",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.config import Config, Kind, Precision
 
@@ -77,6 +79,25 @@ def half_configs() -> tuple[Config, ...]:
         return ()
     sizes = ((4, 2, 512), (4, 4, 512), (4, 4, 256), (2, 4, 512), (4, 2, 1024), (4, 4, 1024))
     return tuple(Config(Kind.PAIRS, Precision.BF16, rows=r, tile=t, depth=d) for r, t, d in sizes)
+
+
+_DOT_COST = {Kind.BLOCK4X4: 1.0, Kind.BLOCK2X4: 1.1, Kind.BLOCK1X4: 1.5}
+"""Time of a stored weight in a block, relative to that of the largest block: a load serves all rows of a block."""
+_DOT_SIZES = {Kind.BLOCK4X4: ((2, 4096), (2, 512)), Kind.BLOCK2X4: ((2, 4096), (2, 512)), Kind.BLOCK1X4: ((4, 512),)}
+_WIDE_DOT_SIZES = ((4, 4096), (4, 512), (3, 512))
+
+
+def dot_configs(kept: Mapping[Kind, float], columns: int, tokens: int) -> tuple[Config, ...]:
+    """The configurations of int8 blocks to try, for the two blocks that promise most.
+
+    kept: the fraction of the weights that blocks of each kind store.
+    """
+    if not library.available() or tokens <= FEW_TOKENS or not 0 < columns <= 1 << 16:
+        return ()
+    best = sorted(kept, key=lambda kind: kept[kind] * _DOT_COST[kind])[:2]
+    sizes = {kind: _WIDE_DOT_SIZES if _wide() else _DOT_SIZES[kind] for kind in best}
+    tried = ((kind, tile, depth) for kind in best for tile, depth in sizes[kind] if depth == 4096 or depth < columns)
+    return tuple(Config(kind, Precision.INT8, tile=t, depth=d) for kind, t, d in tried)
 
 
 def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:

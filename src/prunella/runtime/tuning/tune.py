@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from prunella.errors import PruningError
 from prunella.measure.clock import now, since
@@ -16,7 +17,7 @@ from prunella.measure.timing import Ratio, compare_latency, own_clock
 from prunella.model.device import synchronize
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import DOT_ROWS, Activation, Config, Kind, Precision
 from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.packed_cache import add_and_activate
@@ -110,7 +111,9 @@ class Tuner:
         fused: Fused = _UNFUSED,
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
-        sparsity_key = (round(density(matrix), 2), blocks_of(matrix))
+        sparsity_key: tuple[object, ...] = (round(density(matrix), 2), blocks_of(matrix))
+        if self.precision is Precision.INT8:
+            sparsity_key += tuple(round(kept, 2) for kept in kept_by_blocks(matrix).values())
         key = (tuple(weight.shape), sparsity_key, bias is None, geometry, problem, keep_dense, fused)
         if key not in self.known:
             options: Any = {"keep_dense": keep_dense, "channels_last": self.channels_last, "fused": fused}
@@ -154,6 +157,15 @@ def blocks_of(matrix: Tensor) -> int:
     return 1
 
 
+def kept_by_blocks(matrix: Tensor) -> dict[Kind, float]:
+    """The fraction of the weights that blocks of each int8 layout store: those of a block with any nonzero."""
+    mask = (matrix != 0).float()[None]
+    return {
+        kind: float(functional.max_pool2d(mask, (side, 4), ceil_mode=True).mean()) if mask.numel() else 0.0
+        for kind, side in DOT_ROWS.items()
+    }
+
+
 def configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     """The kernels to try for a matrix `(out, in)`."""
     if not library.available():
@@ -170,7 +182,14 @@ def configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Confi
     rounded = [replace(c, precision=precision) for c in exact if _gains(c.kind, precision)]
     if precision is Precision.BF16 and tokens > FEW_TOKENS:
         rounded = [*configs.half_configs(), *rounded]
+    if precision is Precision.INT8:
+        rounded = [*configs.dot_configs(kept_by_blocks(matrix), columns, tokens), *rounded]
     return list(dict.fromkeys([*rounded, *exact]))
+
+
+def conv_configs_for(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
+    """The kernels to try for a convolution with this matrix: those in int8 blocks read no images."""
+    return [c for c in configs_for(matrix, tokens, precision) if c.kind not in DOT_ROWS]
 
 
 def keep_dense_configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
@@ -179,7 +198,7 @@ def keep_dense_configs(matrix: Tensor, tokens: int, precision: Precision) -> lis
 
 
 def _gains(kind: Kind, precision: Precision) -> bool:
-    """Whether the precision can be faster: int8 is only where a call mainly reads weights, as in decoding."""
+    """Whether a layout that has the precision can be faster with it: int8 for a few tokens, in one layout."""
     return precision is not Precision.INT8 or kind is Kind.DECODE
 
 
@@ -208,11 +227,13 @@ def candidates(
     x = torch.randn(shape, generator=generator, device="cpu")
     if channels_last and geometry is not None:
         x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
-    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
+    int8 = () if geometry else tuple(_int8(precision))
+    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), *int8, Route.CSR]
     runs: dict[Choice, Run] = {}
-    choices: list[Choice] = [*routes, *configs_for(matrix, problem.size, precision)]
+    kernels_for = configs_for if geometry is None else conv_configs_for
+    choices: list[Choice] = [*routes, *kernels_for(matrix, problem.size, precision)]
     if keep_dense:
-        choices = [Route.TORCH, *keep_dense_configs(matrix, problem.size, precision)]
+        choices = [Route.TORCH, *int8, *keep_dense_configs(matrix, problem.size, precision)]
     for choice in choices:
         run = _call(choice, weight.detach(), x, bias, geometry, layers, keep_dense=keep_dense, fused=fused)
         try:
@@ -310,6 +331,13 @@ def _onednn() -> Iterator[Route]:
     """The linear operation of oneDNN, if this build of torch has it."""
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         yield Route.ONEDNN
+
+
+def _int8(precision: Precision) -> Iterator[Route]:
+    """The dynamic int8 operation of torch, if int8 is asked for and this build of torch has it."""
+    there = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
+    if precision is Precision.INT8 and there and torch.backends.quantized.engine != "none":
+        yield Route.INT8
 
 
 def decide(
