@@ -149,7 +149,7 @@ def forward(model: nn.Module, example: Any) -> object:
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """The cells as Markdown."""
     lines = [
-        "| network | zeros | | dense | pruned | ms, sparse | against eager | against the best dense backend |",
+        "| network | zeros | metric | dense | pruned | ms, sparse | against eager | against the best dense backend |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     rows = {}

@@ -61,7 +61,9 @@ def judge(
         difference = relative_error(outputs_of(dense, example), outputs_of(sparse, example))
         if not difference <= TOLERANCE[precision]:
             why = f"by {difference:.1e} of the largest value, {TOLERANCE[precision]:g} is allowed"
-            raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
+            rounded = precision is not Precision.FP32
+            todo = "use a precision that rounds less" if rounded else "report this with the model's name"
+            raise CheckFailed("the output of the sparse model differs", why, todo)
     ratio = speedup(dense, sparse, example)
     if ratio.faster or (gains_elsewhere and not ratio.slower and ratio.value > _AS_FAST):
         return Acceptance("", ratio, None, difference)
