@@ -7,9 +7,9 @@ Model, text and windows as in benchmarks/llm.py: WikiText-2 raw test, windows of
 --steps windows of 256 tokens, other ones of that split. Everything in float32; each cell records these numbers.
 depth:METHOD:N drops N of 30 blocks; width:METHOD:P removes P % of the feed-forward neurons, the same in every layer;
 recover:CELL is the same cut after the one recovery, rate:CELL its tokens a second. A cell that has its JSON is not run
-again, and the searches (by loss, or by divergence from the dense model: kl) keep a journal. `--quick` takes 2 windows
-and 2 steps, for a look that the script works. PRUNELLA_TEXT names the folder
-of the text, ../shared/data/text by default.
+again, and the searches (by loss, or by divergence from the dense model: kl) keep a journal. Cells that were calibrated
+on other than 8 windows are in a folder of their own. `--quick` takes 2 windows and 2 steps, for a look that the script
+works. PRUNELLA_TEXT names the folder of the text, ../shared/data/text by default.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import llm
 import prunella as pr
 
 FOLDER = RESULTS / "llm_structured"
+FIRST = 8
+"""The number of calibration windows of the cells that are not in a folder of their own."""
 WIDTHS = ("width:l2:20", "width:first:20", "width:flap:20", "width:ours:20", "width:obs:20")
 PARTS = ("depth:influence:4", "depth:kl+match:4", *WIDTHS)
 RECOVERED = tuple(f"recover:{name}" for name in WIDTHS)
@@ -230,12 +232,13 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--eval-samples", type=int, default=16)
-    parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--calibration", type=int, default=32)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    home = FOLDER / "quick" if options.quick else FOLDER
+    many = "" if options.calibration == FIRST else f"calibration{options.calibration}"
+    home = FOLDER / ("quick" if options.quick else many)
     folder = home / f"seed{options.seed}" if options.seed else home
     bench = None
     for name in [] if options.table else options.cells:

@@ -53,6 +53,17 @@ def test_known_outputs_are_not_computed_again() -> None:
         assert [float(call.hidden_states[0, 0]) for call in inputs.calls(inputs.blocks[1])] == [0, 1, 2]
 
 
+def test_the_pass_that_records_the_calls_ends_at_the_last_block() -> None:
+    model, data = net(), batches()
+    inputs = BlockInputs(model, data, forward, blocks_of(model, couple(model, data[0]), data[0], forward))
+    called: list[str] = []
+    for name in ("blocks.1", "blocks.2", "last"):
+        model.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: called.append(name))
+    with torch.no_grad():
+        inputs.calls(inputs.blocks[0])
+    assert called == ["blocks.1"] * len(data)
+
+
 def _before_the_third(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The inputs of the third block in a pass of the full model."""
 

@@ -57,7 +57,7 @@ def test_a_block_is_solved_toward_the_output_of_the_dropped_blocks_behind_it() -
     assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "replaces 2 more" in str(report)
 
 
-def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() -> None:
+def test_the_ridge_is_chosen_on_held_out_batches_and_the_solution_is_from_all() -> None:
     model, data = language_model(), windows(4, length=10)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     small = pr.shrink(model, plan)
@@ -74,8 +74,14 @@ def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() ->
         errors[float(left.square().sum())] = change
     best = min(errors)
     assert best != max(errors) and errors[best] is not next(iter(errors.values()))  # the least ridge fits too closely
+    ridge = list(errors).index(best)
+    all_x, all_residual = torch.cat([x, judge_x]), torch.cat([residual, goals[3] - judge_s - judge_x @ weight.T])
+    damping = (1e-2, 1e-1, 1.0, 1e1, 1e2)[ridge] * float(all_x.square().sum(0).mean())
+    damped = all_x.T @ all_x + damping * torch.eye(48, dtype=torch.float64)
+    expected = weight + torch.linalg.solve(damped, all_x.T @ all_residual).T
+    assert not torch.allclose(expected, weight + errors[best].T, atol=1e-4)  # without the held-out batch
     fit = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(gaps=True)).fits[1]
-    assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + errors[best].T, atol=1e-5)
+    assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), expected, atol=1e-5)
     assert fit.after == pytest.approx((best / float(goals[3].square().sum())) ** 0.5, rel=1e-4)
     assert fit.after < fit.before
 

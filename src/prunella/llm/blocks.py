@@ -156,9 +156,10 @@ class BlockInputs:
         if not block.path:
             return [BlockCall((batch,), {}) for batch in self.batches]
         if not block.sequential:
-            followers = [later.path for later in self._followers(block)]
-            self._recorded = {path: [] for path in (block.path, *followers)}
-            self._calls = self._first_calls(block.path, block.path if block.runs_once and not followers else "")
+            chain = [block, *self._followers(block)]
+            self._recorded = {later.path: [] for later in chain}
+            stop = chain[-1].path if all(later.runs_once for later in chain) else ""  # no head
+            self._calls = self._first_calls(block.path, stop)
         return self._calls
 
     def _first_calls(self, path: str, stop: str) -> Sequence[BlockCall]:

@@ -45,8 +45,9 @@ class Match:
     """How a block is matched. ridge: of the least squares, relative to the mean square of the inputs, from 0 up.
 
     ridge=None: the best of five between 0.01 and 100 on every fourth batch (the last one of fewer), which is held out
-    of the least squares; if none reduces the error, the layer is unchanged. With a single batch: 0.01. refine: gradient
-    steps for the whole block after the least squares, or None. gaps: match only blocks followed by dropped blocks.
+    of the least squares. If none reduces the error, the layer is unchanged; otherwise it is solved again from all
+    batches with the best ridge. With a single batch: 0.01. refine: gradient steps for the whole block after the least
+    squares, or None. gaps: match only blocks followed by dropped blocks.
     """
 
     ridge: float | None = None
@@ -62,8 +63,8 @@ class Match:
 class BlockFit:
     """One block: `|B'(x') - y| / |y|` before and after, with y the dense residual stream after the block.
 
-    Measured on the held-out batches if no ridge was given. layer: the solved layer. replaces: the dropped blocks that
-    follow it. skipped: why it was not matched.
+    If no ridge was given: on the held-out batches, of the solution without them. layer: the solved layer. replaces: the
+    dropped blocks that follow it. skipped: why it was not matched.
     """
 
     name: str
@@ -201,7 +202,7 @@ class _Matcher:
         if read is None or names[read.weight] in self.masks:
             return BlockFit(block.path, skipped=reason or "the weights of its last layer are masked")
         sums = self._sums(block, calls, targets, read)
-        solution, *errors = self._best(sums.fitted, sums.validation or sums.fitted)
+        solution, *errors = self._best(sums.fitted, sums.validation)
         before, after = (math.sqrt(square / (sums.energy or 1.0)) for square in errors)
         if after >= before or before <= SAME:
             return BlockFit(block.path, names[read.weight], before, before)
@@ -213,7 +214,8 @@ class _Matcher:
 
     def _sums(self, block: ModelBlock, calls: Sequence[BlockCall], targets: Sequence[Tensor], layer: Read) -> _Sums:
         """The sums of the least squares, over the batches for the fit and those for validation."""
-        fitted, validation = (Sums(centered=layer.bias is not None) for _ in range(2))
+        fitted = Sums(centered=layer.bias is not None, quick=True)
+        validation = fitted
         held_out = _validation(len(calls)) if self.how.ridge is None else set[int]()
         energy = {False: 0.0, True: 0.0}
         for number, (call, target) in enumerate(zip(calls, targets, strict=True)):
@@ -221,19 +223,23 @@ class _Matcher:
             y = read.rows_of(target.reshape(read.y.shape)).double() - read.rows(residual=True).double()
             energy[number in held_out] += float(target.double().square().sum())
             for x, tokens in read.columns():
+                if number in held_out and validation is fitted:
+                    validation = fitted.empty()
                 sums = validation if number in held_out else fitted
                 sums.add(x, y[tokens], (y - read.rows().double())[tokens])
-        if not fitted.finite or (held_out and not validation.finite):
+        if not (fitted.finite and validation.finite):
             what = f"the hidden states in {block.path} are not finite"
             raise CheckFailed(what, "on the calibration data", "check the data")
-        return _Sums(fitted, validation if held_out else None, energy[bool(held_out)])
+        return _Sums(fitted, validation, energy[bool(held_out)])
 
     def _best(self, fitted: Sums, validation: Sums) -> tuple[Solution, float, float]:
-        """The solution with the smallest error on `validation`, and the errors without and with it."""
-        given = self.how.ridge
-        ridges = (given,) if given is not None else RIDGES if validation is not fitted else RIDGES[:1]
-        best = min((fitted.solve(ridge) for ridge in ridges), key=validation.error)
-        return best, validation.squares, validation.error(best)
+        """The solution from all batches with the ridge best on `validation`; the errors there without and with it."""
+        if validation is fitted:
+            solution = fitted.solve(RIDGES[0] if self.how.ridge is None else self.how.ridge)
+            return solution, fitted.squares, fitted.error(solution)
+        errors = {ridge: validation.error(fitted.solve(ridge)) for ridge in RIDGES}
+        best = min(errors, key=errors.__getitem__)
+        return (fitted + validation).solve(best), validation.squares, errors[best]
 
     def _refine_(
         self, block: ModelBlock, outputs: Sequence[Callable[[], Tensor]], targets: Sequence[Tensor], fit: BlockFit
@@ -278,10 +284,10 @@ class _Matcher:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums for the fit, and for validation if batches are held out. energy: `|y|^2` where the error is measured."""
+    """Sums for the fit and for validation, the same if no batch is held out. energy: `|y|^2` of the validation."""
 
     fitted: Sums
-    validation: Sums | None
+    validation: Sums
     energy: float
 
 
