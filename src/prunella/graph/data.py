@@ -310,7 +310,7 @@ class Hints:
     turns: a size of the inputs, and another size at which a comparison has another outcome. alone: the same for a
     single axis of the inputs, if a comparison has several sizes. numbers, keys: sizes in the source, see `KnownSizes`.
     escaped: a size was used where comparisons are not observed. values: tensor values were converted to Python numbers.
-    ranks, layouts: the source reads the number of axes of a tensor, or its memory layout.
+    ranks, layouts: the source reads the number of axes of a tensor, or its memory layout. macs: the multiply-adds.
     """
 
     turns: tuple[tuple[int, int], ...] = ()
@@ -321,6 +321,7 @@ class Hints:
     values: bool = False
     ranks: bool = False
     layouts: bool = False
+    macs: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,14 @@ def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints
     yield from probes.of_other_form()
 
 
+WORK = 2e11
+"""Most multiply-adds of all guesses of sizes in a plan: some seconds of a processor. Each takes one pass."""
+
+
+def _largest(batch: Any) -> int:
+    return max((tensor.numel() for tensor in tensors(batch)), default=0)
+
+
 def _may_crash(model: nn.Module) -> bool:
     """Whether a program calls a recurrent kernel directly: a state of another size then crashes the process."""
     graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
@@ -163,8 +171,13 @@ class _Probes:
         if not sizes and not self.hints.values:
             return
         seen, told = self.seen.forked(), {True: 0, False: 0}
+        left = WORK
         for axes, other, anyway in sizes:
             for batch in stretched(self.inputs, self.main, axes, other):
+                cost = self.hints.macs * max(1.0, _largest(batch) / max(self.main.numel(), 1))
+                if cost > left:
+                    continue
+                left -= cost
                 fresh = seen.new(batch)
                 if seen.accepted and (fresh or anyway) and told[fresh] < _MOST:
                     told[fresh] += 1

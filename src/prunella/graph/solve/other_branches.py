@@ -23,6 +23,7 @@ def hints(record: Trace) -> Hints:
         bool(record.values_read),
         known.ranks,
         known.layouts,
+        sum(item.constant * math.prod(size for _, size in item.dims) for item in record.work),
     )
 
 
