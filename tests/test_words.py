@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READ = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+READ = [
+    *(ROOT / "src").rglob("*.py"),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "notebooks").glob("*.py"),
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+]
 GIVEN_UP = {
     "torch's spelling": r"artefact|enalis|[Nn]ormalis(e|ing)(?!\": \"normalize)|uantis|ummaris|modelling",
     "plurals": r"\bcriterions\b",
