@@ -4,7 +4,8 @@
 
 Never run on a GPU yet. The layers are in bfloat16, with random weights made on the device; each operation is compared
 with dense code in interleaved rounds (`prunella.sparse`). Blocks of a Llama shape are then pruned to 2:4 on random
-hidden states, and the time of all 32 is the mean of those after the first, times 32. Figures go to results/gpu.json.
+hidden states, and the time of all 32 is the mean of those after the first, times 32. Last comes `prune` on the shapes
+of ResNet-50 and ViT-B/16, random weights and images, in float32. Figures go to results/gpu.json after each part.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,82 @@ def one_shot(device: torch.device, blocks: int) -> dict[str, Any]:
     return {"block": each, "all": each * BLOCKS, "seconds": ends[-1] - start, "windows": WINDOWS, "sequence": SEQUENCE}
 
 
+class Bottleneck(nn.Module):
+    """A block of ResNet-50."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.one, self.bn1 = nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.two, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.three, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        changes = stride > 1 or before != 4 * width
+        same = nn.Sequential(nn.Conv2d(before, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+        self.short = same if changes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn2(self.two(torch.relu(self.bn1(self.one(x))))))
+        return torch.relu(self.bn3(self.three(y)) + self.short(x))
+
+
+def resnet50(width: int = 64, depths: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
+    """The shapes of ResNet-50."""
+    stem = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+    layers: list[nn.Module] = [*stem]
+    before = width
+    for stage, depth in enumerate(depths):
+        for block in range(depth):
+            inner = width << stage
+            layers.append(Bottleneck(before, inner, 2 if stage and not block else 1))
+            before = 4 * inner
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
+
+
+class ViTBlock(nn.Module):
+    """A block of ViT-B: attention and feed-forward part, with norms before them."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.other = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        size = self.q.out_features // self.heads
+        parts = (f(y).unflatten(-1, (-1, size)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.other(x))))
+
+
+class ViT(nn.Module):
+    """The shapes of ViT-B/16."""
+
+    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12, image: int = 224) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 16, 16)
+        self.places = nn.Parameter(torch.zeros(1, (image // 16) ** 2, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).mT + self.places)).mean(1))
+
+
+def structured(device: torch.device, nets: dict[str, nn.Module], image: int = 224) -> dict[str, Any]:
+    """Seconds of `prune` at half of the multiply-adds, without labels and without distillation."""
+    seconds: dict[str, Any] = {}
+    for name, net in nets.items():
+        model = net.to(device).eval()
+        data = [torch.randn(32, 3, image, image, device=device) for _ in range(8)]
+        start = time.perf_counter()
+        pruned = pr.prune(model, data[0][:4], target=pr.MACs(0.5), data=data, recover="reconstruct")
+        synchronize(device)
+        seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {seconds[name]} s, {pruned.plan.outcome}", flush=True)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2048])
@@ -107,9 +185,14 @@ def main() -> None:
         return
     device = torch.device(asked.device)
     result: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
-    result["layers"] = [row for tokens in asked.tokens for row in layers(device, tokens, asked.seconds)]
-    result["one_shot"] = one_shot(device, max(2, asked.blocks))
-    write_atomic(RESULTS, json.dumps(result, indent=1).encode())
+    parts: dict[str, Callable[[], Any]] = {
+        "one_shot": lambda: one_shot(device, max(2, asked.blocks)),
+        "structured": lambda: structured(device, {"ResNet-50": resnet50(), "ViT-B/16": ViT()}),
+        "layers": lambda: [row for tokens in asked.tokens for row in layers(device, tokens, asked.seconds)],
+    }
+    for name, part in parts.items():
+        result[name] = part()
+        write_atomic(RESULTS, json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":
