@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunella.model.unread import is_elsewhere
+
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules"})
 _DEPTH = 4
 """Levels of containers that are searched."""
@@ -34,6 +36,8 @@ def unregistered(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _held(value: Any, label: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if is_elsewhere(value):  # a dead proxy refuses `isinstance`
+        return
     if isinstance(value, nn.Module):
         for name, parameter in value.named_parameters():
             yield f"{label}.{name}", parameter
