@@ -26,7 +26,7 @@ demo: $(VENV)/.stamp-demo ## prune a real pretrained network in about a minute, 
 	$(SAY) "pruning all-MiniLM-L6-v2; the result goes to demo/"
 	$(BIN)/prunella demo --overwrite -o demo
 
-test: $(VENV)/.stamp-test ## run all tests (about 13 minutes on two cores; stopped after 50)
+test: $(VENV)/.stamp-test ## run all tests (ten to thirteen minutes on two cores; stopped after 50)
 	$(SAY) "running the tests"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n 2 --dist worksteal --session-timeout=3000
 
