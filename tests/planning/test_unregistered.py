@@ -14,10 +14,10 @@ import prunella as pr
 from prunella.graph.solve.groups import couple
 from prunella.measure.count import count_work
 from prunella.model.unregistered import unregistered
-from prunella.planning.coverage import OUTSIDE, not_registered
+from prunella.planning.coverage import UNREGISTERED, not_registered
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-LINE = f"{OUTSIDE}: held"
+LINE = f"{UNREGISTERED}: held"
 
 
 class Net(nn.Module):
@@ -50,7 +50,7 @@ def test_the_plan_the_inspection_and_the_report_say_it_with_the_share(name: str)
     share, macs = "14.3%", 2 * (8 * 16 + 16 * 16 + 16 * 4)  # 128 of 896
     assert plan.before.macs == macs == count_work(model, X).macs and plan.before.params == 9 * 16 + 17 * 16
     (line,) = plan.caveats
-    assert line.startswith(f"{OUTSIDE}: {weight}, {share} of the MACs") and str(plan).startswith(line)
+    assert line.startswith(f"{UNREGISTERED}: {weight}, {share} of the MACs") and str(plan).startswith(line)
     small = pr.shrink(model, plan)
     report = pr.report(model, small, X)
     assert report.caveats == plan.caveats == pr.report(model, small, X, plan=plan).caveats
@@ -67,8 +67,8 @@ def test_two_runs_of_the_model_count_once_and_each_weight_is_named() -> None:
 
     model = Modes(*HELD["tuple"][:2]).eval()
     graph = couple(model, X)
-    assert graph.outside == {"held[0].weight": 128} == count_work(model, X).outside
-    assert couple(model, X, [X[:1]]).outside["held[0].weight"] == 128
+    assert graph.unregistered == {"held[0].weight": 128} == count_work(model, X).unregistered
+    assert couple(model, X, [X[:1]]).unregistered["held[0].weight"] == 128
     text = not_registered({f"w{k}": k for k in range(1, 6)}, 30)
     assert "w5, w4, w3 and 2 more, 50%" in text or "w5, w4, w3 and 2 more, 50.0%" in text
 

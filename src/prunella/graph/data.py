@@ -346,7 +346,7 @@ class Graph:
     """Operations with an unknown number of multiply-adds -> number of their calls."""
     hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Operations of `uncounted` -> the parameters that they read."""
-    outside: Mapping[str, int] = field(default_factory=dict)
+    unregistered: Mapping[str, int] = field(default_factory=dict)
     """Weights that are no parameters of the model -> multiply-adds, which `macs` counts."""
     readers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Parameter -> the first operation that computes with it, and the line of the model's source."""

@@ -79,3 +79,8 @@ def memory(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, TypeError):
         return None
+
+
+def by_memory(named: Mapping[str, Tensor]) -> dict[int, str]:
+    """The number of its memory -> the name, of each tensor that has one."""
+    return {number: name for name, tensor in named.items() if (number := memory(tensor)) is not None}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.errors import RequestError
 from prunella.graph.rules import RULES as RULES  # the rules register the operations without work
-from prunella.graph.sources import Sources, memory
+from prunella.graph.sources import Sources, by_memory, memory
 from prunella.graph.work import Term, counting, known, name_of, tensors_in, terms
 from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
@@ -97,14 +97,14 @@ class WorkCount:
 
     by_module: "" is the model itself; work with a parameter belongs to its module. by_weight: work of products with a
     single parameter. uncounted: operations of unknown work -> number of calls; hidden: the parameters that they read.
-    outside: work of weights that are no parameters of the model.
+    unregistered: work of weights that are no parameters of the model.
     """
 
     by_module: Mapping[str, int]
     by_weight: Mapping[str, int]
     uncounted: Mapping[str, int] = field(default_factory=dict)
     hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    outside: Mapping[str, int] = field(default_factory=dict)
+    unregistered: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def macs(self) -> int:
@@ -165,8 +165,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.running: list[str] = []
         self.by_module, self.by_weight, self.calls = Counter[str](), Counter[str](), Counter[str]()
         self.hidden: dict[str, set[str]] = {}
-        self.unregistered = {memory(tensor): name for name, tensor in unregistered(model).items()}
-        self.outside = Counter[str]()
+        self.names = by_memory(unregistered(model))
+        self.unregistered = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -190,8 +190,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for term in done or ():
             macs = term.macs
             self.by_module[self._module(term)] += macs
-            for weight in {memory(tensor) for tensor in term.tensors} & self.unregistered.keys():
-                self.outside[self.unregistered[weight]] += macs
+            for weight in self.names.keys() & {memory(tensor) for tensor in term.tensors}:
+                self.unregistered[self.names[weight]] += macs
             if len(read := self.sources.read(term.tensors)) == 1:
                 self.by_weight[next(iter(read))] += macs
 
@@ -226,7 +226,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The counts."""
         hidden = {name: tuple(sorted(read)) for name, read in sorted(self.hidden.items())}
         done = {name: macs for name, macs in self.by_module.items() if macs}
-        return WorkCount(done, dict(self.by_weight), dict(sorted(self.calls.items())), hidden, dict(self.outside))
+        return WorkCount(done, dict(self.by_weight), dict(sorted(self.calls.items())), hidden, dict(self.unregistered))
 
 
 def _once(values: Iterable[object]) -> Iterator[Tensor]:

@@ -36,23 +36,23 @@ def uncounted_work(graph: Graph) -> str:
     return not_counted(graph.uncounted, graph.hidden, sizes)
 
 
-OUTSIDE = "multiplied, but no parameters of the model"
+UNREGISTERED = "multiplied, but no parameters of the model"
 
 
-def not_registered(outside: Mapping[str, int], total: float) -> str:
+def not_registered(unregistered: Mapping[str, int], total: float) -> str:
     """The weights that no module registers, with their share of all multiply-adds; empty if there are none."""
-    if not outside:
+    if not unregistered:
         return ""
-    names = sorted(outside, key=lambda name: -outside[name])
+    names = sorted(unregistered, key=lambda name: -unregistered[name])
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    share = percent(sum(outside.values()) / (total or 1))
+    share = percent(sum(unregistered.values()) / (total or 1))
     where = f"{', '.join(names[:_SHOWN])}{more}, {share} of the MACs"
-    return f"{OUTSIDE}: {where}; params and bytes leave them out (nn.ModuleList or nn.ParameterList holds such)"
+    return f"{UNREGISTERED}: {where}; params and bytes leave them out (nn.ModuleList or nn.ParameterList holds such)"
 
 
 def unregistered_work(graph: Graph) -> str:
     """`not_registered` for a graph."""
-    return not_registered(graph.outside, graph.macs())
+    return not_registered(graph.unregistered, graph.macs())
 
 
 def uncovered_weights(graph: Graph, covered: Collection[str]) -> str:

@@ -358,7 +358,7 @@ def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> 
     calls = {name: max(one.uncounted.get(name, 0) for one in work) for one in work for name in one.uncounted}
     hidden = {name: {*work[0].hidden.get(name, ()), *work[1].hidden.get(name, ())} for name in calls}
     said = plan.caveats if plan else ()
-    own = lines(not_counted(calls, hidden, sizes), not_registered(work[0].outside, work[0].macs))
+    own = lines(not_counted(calls, hidden, sizes), not_registered(work[0].unregistered, work[0].macs))
     subjects = {line.partition(":")[0] for line in said}
     return (*(line for line in own if line.partition(":")[0] not in subjects), *said)
 

@@ -136,7 +136,7 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
         attributes=attributes,
         uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
         hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
-        outside=dict(sorted(record.outside_work.items())),
+        unregistered=dict(sorted(record.unregistered_work.items())),
         readers=record.readers,
         unused=tuple(
             n

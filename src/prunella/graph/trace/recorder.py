@@ -130,9 +130,9 @@ class Trace:
     links: list[Link] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     uncounted: dict[str, Unknown] = field(default_factory=dict)
-    outside: Mapping[int | None, str] = field(default_factory=dict)
+    unregistered: Mapping[int, str] = field(default_factory=dict)
     """Memory -> name of a weight that is no parameter of the model, see `prunella.model.unregistered`."""
-    outside_work: Counter[str] = field(default_factory=Counter)
+    unregistered_work: Counter[str] = field(default_factory=Counter)
     """Name of such a weight -> multiply-adds."""
     operation: str = ""
     """The name of the operation that is running."""
@@ -206,8 +206,8 @@ class Trace:
             dims = tuple((self.value(tensor).dims[axis], int(tensor.shape[axis])) for tensor, axis in term.sizes)
             reads = tuple(sorted(self.sources.read(term.tensors)))
             self.work.append(Work(name, self.module(), use, float(term.constant), dims, reads))
-            for weight in {memory(tensor) for tensor in term.tensors} & self.outside.keys():
-                self.outside_work[self.outside[weight]] += term.macs
+            for weight in self.unregistered.keys() & {memory(tensor) for tensor in term.tensors}:
+                self.unregistered_work[self.unregistered[weight]] += term.macs
 
     example: int = 0
     """The number of the example that runs."""

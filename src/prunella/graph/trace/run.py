@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.graph.data import PLAIN, Setting
 from prunella.graph.solve.labels import WHOLE, Ledger
-from prunella.graph.sources import memory
+from prunella.graph.sources import by_memory, memory
 from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import watched
@@ -62,7 +62,7 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     record.constants = constants(model).keys() & entities.keys()
     for name, tensor in entities.items():
         record.aliases[storage_key(tensor)] = name
-    record.outside = {memory(tensor): name for name, tensor in unregistered(model).items()}
+    record.unregistered = by_memory(unregistered(model))
     record.shared = _overlapping({name: entities[name] for name in parameters})
     return record
 

@@ -111,12 +111,12 @@ def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_
 @contextmanager
 def _first_run(record: Trace) -> Iterator[None]:
     """Inside, further runs are recorded, except for their work and data flow: those of the first run count."""
-    flow, work, outside = record.flow, tuple(record.work), record.outside_work.copy()
+    flow, work, unregistered = record.flow, tuple(record.work), record.unregistered_work.copy()
     uncounted = {name: replace(unknown, reads=set(unknown.reads)) for name, unknown in record.uncounted.items()}
     yield
     seen = {item.use.entity for item in work if item.use}
     unseen = [item for item in record.work[len(work) :] if item.use and item.use.entity not in seen]
-    record.flow, record.uncounted, record.outside_work = flow, uncounted, outside
+    record.flow, record.uncounted, record.unregistered_work = flow, uncounted, unregistered
     record.work = [*work, *(replace(item, constant=0.0) for item in unseen)]
 
 
