@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class Restricted(TorchFunctionMode):
 
     def _further(self, name: str, number: int, args: Any) -> Sequence[Along]:
         """A call beyond those of the example, of a loop over a longer input, as the calls of the name repeat."""
-        call = self.repeated[name](number) if name in self.repeated else None
+        call = self.repeated[name].call(number) if name in self.repeated else None
         if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= max(0, _axis_of(call)):
             return ()
         return (call,) if args[0].shape[_axis_of(call)] == self.widths.get((name, call.number)) else ()
@@ -75,18 +75,30 @@ class Restricted(TorchFunctionMode):
         return narrowed[0] if dim is not None else torch.Size(narrowed)
 
 
-def _repeated(along: Sequence[Along]) -> dict[str, Callable[[int], Along | None]]:
-    """Name -> the call of the example that a later number repeats; None for one that no cut reaches."""
+def _repeated(along: Sequence[Along]) -> dict[str, _Loop]:
+    """The calls of a name in the example, and in a loop that goes on."""
     calls: dict[str, list[Along]] = {}
     for call in along:
         calls.setdefault(call.name, []).append(call)
-    return {name: partial(_repeats, _steps(same)) for name, same in calls.items() if name != SIZE and _single(same)}
+    return {name: _Loop(same) for name, same in calls.items() if name != SIZE and _single(same)}
 
 
-def _repeats(steps: tuple[list[Along | None], int, int], number: int) -> Along | None:
-    """steps: all calls of the example, how many come before a loop, and how many its step has."""
-    calls, first, length = steps
-    return calls[first + (number - first) % length]
+class _Loop:
+    """The calls of one name. Its steps are looked for when a call beyond those of the example is made: most runs make
+    none, and a language model has hundreds of calls of a name.
+    """
+
+    def __init__(self, calls: Sequence[Along]) -> None:
+        self._calls = calls
+
+    def call(self, number: int) -> Along | None:
+        """The call of the example that a later number repeats; None for one that no cut reaches."""
+        calls, first, length = self._steps
+        return calls[first + (number - first) % length]
+
+    @cached_property
+    def _steps(self) -> tuple[list[Along | None], int, int]:
+        return _steps(self._calls)
 
 
 def _steps(calls: Sequence[Along]) -> tuple[list[Along | None], int, int]:
